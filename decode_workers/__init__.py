@@ -1,0 +1,1 @@
+"""Decode workers: drive the hand-off and stream the tokens."""

@@ -1,0 +1,97 @@
+"""The caller's side of a hand-off: one token from the first prefill worker that gives one."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc.aio
+
+from tandem.convert import finish_reason_from_pb, logprobs_from_pb, sampling_to_pb
+from tandem.domain import Plan, PlannedWorker, Request
+from tandem.engine.base import EngineOutput
+from tandem.errors import ProtocolError, TandemError
+from tandem.rpc import Deadline, ResponseStream, open_stream, parse
+from tandem.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+Channels = Callable[[str], grpc.aio.Channel]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """The first token, by whom, and what it took: seconds and prompt tokens that were cached there."""
+
+    worker: PlannedWorker
+    output: EngineOutput
+    prefill_s: float
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """The prompt's leading blocks that are in the store now."""
+
+    blocks: int
+
+
+async def prefill_elsewhere(
+    request: Request, plan: Plan, attempt: int, deadline: Deadline, channels: Channels
+) -> AsyncIterator[Prefilled | Published]:
+    """Yields Prefilled at once, then Published; nothing where every prefill worker of the plan is lost: prefill here then.
+
+    A worker lost after its token is not replaced: what it had published is loaded, the rest computed. Raises DeadlineError, and
+    what a worker says of the request itself (bad input).
+    """
+    for number, worker in enumerate(plan.prefill):
+        message = _to_pb(request, plan, worker, attempt * len(plan.prefill) + number)
+        has_token = False
+        try:
+            async with open_stream(
+                channels(worker.address), "tandem.v1.Worker/Prefill", message, timeout_s=deadline.remaining_s("prefill")
+            ) as stream:
+                yield _prefilled(worker, await _read(stream))
+                has_token = True
+                yield Published(blocks=(await _read(stream)).published.published_blocks)
+                return
+        except TandemError as error:
+            if not error.retryable:
+                raise
+            logger.warning("prefill_lost request_id=%s replica_id=%s reason=%s", request.request_id, worker.replica_id, error.reason)
+            if has_token:
+                return
+
+
+async def _read(stream: ResponseStream) -> worker_pb2.PrefillResponse:
+    payload = await stream.read()
+    if payload is None:
+        raise ProtocolError("the prefill worker ended its stream early")
+    return parse(worker_pb2.PrefillResponse, payload)
+
+
+def _prefilled(worker: PlannedWorker, response: worker_pb2.PrefillResponse) -> Prefilled:
+    first = response.first_token
+    output = EngineOutput(
+        choice_index=0,
+        token_ids=(first.token_id,),
+        logprobs=(logprobs_from_pb(first.logprobs),) if first.HasField("logprobs") else (),
+        finish_reason=finish_reason_from_pb(first.finish_reason),
+        stop_reason=first.stop_reason or None,
+        cached_tokens=first.cached_tokens,
+    )
+    return Prefilled(worker=worker, output=output, prefill_s=first.prefill_s, cached_tokens=first.cached_tokens)
+
+
+def _to_pb(request: Request, plan: Plan, worker: PlannedWorker, attempt: int) -> worker_pb2.PrefillRequest:
+    return worker_pb2.PrefillRequest(
+        request_id=request.request_id,
+        attempt=attempt,
+        model=request.model,
+        prompt_token_ids=[*request.prompt_token_ids, *request.resume_token_ids],
+        resumed_tokens=len(request.resume_token_ids),
+        sampling=sampling_to_pb(request.sampling),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        incarnation=worker.incarnation,
+        router_id=plan.router_id,
+    )

@@ -1,0 +1,77 @@
+"""`Worker.Prefill`: one token of a request at once, then word that the prompt's KV blocks are published."""
+
+import contextlib
+import time
+
+from tandem.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
+from tandem.domain import FinishReason
+from tandem.engine.base import Engine, EngineOutput, EngineRequest
+from tandem.errors import EngineError
+from tandem.faults import Faults
+from tandem.rpc import ServerCall
+from tandem.v1 import worker_pb2
+from tandem.worker_state import WorkerState
+
+
+class PrefillService:
+    """Serves prefill on one replica."""
+
+    def __init__(self, engine: Engine, state: WorkerState, *, publish_wait_s: float, faults: Faults) -> None:
+        self._engine = engine
+        self._state = state
+        self._publish_wait_s = publish_wait_s
+        self._faults = faults
+
+    async def prefill(self, request: worker_pb2.PrefillRequest, call: ServerCall) -> None:
+        """Writes FirstToken as soon as there is one, then Published. Raises TandemError."""
+        self._state.check(request.incarnation)
+        if self._faults.fires("prefill.fail_every"):
+            raise EngineError("prefill failed by the fault hook prefill.fail_every")
+        token_ids = tuple(request.prompt_token_ids)
+        run_id = f"{request.request_id}.p{request.attempt}"
+        engine_request = EngineRequest(
+            run_id=run_id,
+            token_ids=token_ids,
+            sampling=sampling_from_pb(request.sampling),
+            max_new_tokens=1,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+        )
+        booking = self._state.accept(
+            request.router_id, request.request_id, request.attempt, prefill_tokens=len(token_ids), kv_tokens=len(token_ids)
+        )
+        started_s = time.monotonic()
+        try:
+            with booking as run:
+                output = await self._first_output(engine_request)
+                await call.write(worker_pb2.PrefillResponse(first_token=_first_token(output, time.monotonic() - started_s)))
+                self._state.prefilled(run)
+                self._state.generated(run, 1)
+                remaining_s = call.time_remaining_s()
+                wait_s = self._publish_wait_s if remaining_s is None else min(self._publish_wait_s, remaining_s)
+                blocks = await self._engine.published(run_id, wait_s)
+            payload_bytes = blocks * self._engine.info.kv_block_bytes
+            await call.write(
+                worker_pb2.PrefillResponse(published=worker_pb2.Published(published_blocks=blocks, published_bytes=payload_bytes))
+            )
+        finally:
+            self._engine.forget(run_id)
+
+    async def _first_output(self, request: EngineRequest) -> EngineOutput:
+        async with contextlib.aclosing(self._engine.generate(request)) as outputs:
+            async for output in outputs:
+                if output.token_ids:
+                    return output
+        raise EngineError("the engine ended the prefill without a token")
+
+
+def _first_token(output: EngineOutput, prefill_s: float) -> worker_pb2.FirstToken:
+    stopped = output.finish_reason is FinishReason.STOP
+    return worker_pb2.FirstToken(
+        token_id=output.token_ids[0],
+        logprobs=logprobs_to_pb(output.logprobs[0]) if output.logprobs else None,
+        finish_reason=finish_reason_to_pb(FinishReason.STOP if stopped else None),
+        stop_reason=output.stop_reason or "",
+        cached_tokens=output.cached_tokens,
+        prefill_s=prefill_s,
+    )

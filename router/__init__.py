@@ -1,0 +1,1 @@
+"""The router: takes requests, decides where each one runs, relays its tokens."""

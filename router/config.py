@@ -1,0 +1,43 @@
+"""The router's settings: unit, default and why this default.
+
+Must not read files or the environment: `main.py` does, once.
+"""
+
+from dataclasses import dataclass
+
+from tandem.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Every limit and wait of one router."""
+
+    router_id: str = "router-0"
+    cluster: str = ""
+    max_queued_requests: int = 1024  # at 10 requests/s about 100 s of wait, beyond any sensible deadline
+    max_running_requests: int = 256  # dispatched at once; four engines of 64 sequences
+    retry_budget: int = 2  # further decode workers after the first
+    retry_hold_s: float = 0.5  # before a replica that failed a request may have it again, if there is no other
+    no_replica_wait_s: float = 5.0  # a replica restart takes 2 s from the zygote
+    handoff_min_tokens: int | None = None  # None: 2 blocks; below, a hand-off ships at most one block and saves nothing
+    max_prefill_candidates: int = 3  # what a decode worker can fall back on by itself
+    max_prefix_blocks: int = 200_000  # about 50 MB of router memory, 6.4 million tokens of 32-token blocks
+    stamp_settle_s: float = 5.0  # after this a FINISHED stamp that has not come is given up: 25 reports at 5 Hz
+    default_output_tokens: int = 128  # what a request is expected to produce where it does not say
+    tick_s: float = 0.05  # how late a queued request's deadline may be noticed
+    watch_silence_s: float = 2.0  # ten reports at 5 Hz missed: the replica hangs
+    reconnect_max_s: float = 2.0
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the setting."""
+        for name in ("max_queued_requests", "max_running_requests", "max_prefill_candidates", "max_prefix_blocks", "default_output_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("retry_budget", "retry_hold_s", "no_replica_wait_s", "stamp_settle_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("tick_s", "watch_silence_s", "reconnect_max_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.handoff_min_tokens is not None and self.handoff_min_tokens < 0:
+            raise ConfigError(f"handoff_min_tokens must not be negative, got {self.handoff_min_tokens}")

@@ -1,0 +1,44 @@
+"""What the core tells the shell to do, and what it tells of its state. Values only."""
+
+from dataclasses import dataclass
+
+from tandem.domain import Lease, Plan, RequestId, WorkerLoad
+from tandem.errors import TandemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatch:
+    """Run the request by this plan, from its resumed tokens and those already sent. `attempt` counts from 1."""
+
+    request_id: RequestId
+    attempt: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """The attempt's decode worker is gone: stop listening to it and report `error` as its failure."""
+
+    request_id: RequestId
+    attempt: int
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject:
+    """The request has ended with this error; the core has forgotten it."""
+
+    request_id: RequestId
+    error: TandemError
+
+
+Instruction = Dispatch | Abandon | Reject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """A reachable replica: its lease, its last totals, and the prefill seconds this router sees ahead of it."""
+
+    lease: Lease
+    load: WorkerLoad
+    predicted_work_s: float

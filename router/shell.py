@@ -1,0 +1,140 @@
+"""Drives the core: gives it the time, carries out what it answers, counts what happens.
+
+Must not decide: every choice is the core's. Belongs to one event loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from router.config import RouterConfig
+from router.core import RouterCore
+from router.instructions import Abandon, Dispatch, Instruction, Reject
+from router.ledger import Stamp
+from router.ticket import Ticket
+from tandem.domain import BlockHash, Lease, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
+from tandem.errors import OverloadedError, TandemError
+from tandem.rpc import Deadline
+from tandem.telemetry import RouterMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class RouterShell:
+    """The core with a clock, tickets and metrics around it."""
+
+    def __init__(self, config: RouterConfig, core: RouterCore, metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.core = core
+        self.metrics = metrics
+        self.clock = clock
+        self._tickets: dict[RequestId, Ticket] = {}
+        self._calls = 0
+        self._has_models = asyncio.Event()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Counts a call, from before its tokenisation. Raises OverloadedError where more are here than may wait and run."""
+        limit = self.config.max_queued_requests + self.config.max_running_requests
+        if self._calls >= limit:
+            raise OverloadedError(f"{self._calls} calls are being served, the limit is {limit}", retry_after_s=self.core.retry_after_s())
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    async def lease_for(self, model: str, deadline: Deadline) -> Lease:
+        """How to read requests for `model`; waits a bounded time for the first worker.
+
+        Raises DeadlineError, and UnavailableError, NotFoundError or InvalidRequestError naming the models.
+        """
+        if not self._has_models.is_set():
+            remaining_s = deadline.remaining_s("arrival")
+            wait_s = self.config.no_replica_wait_s if remaining_s is None else min(self.config.no_replica_wait_s, remaining_s)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._has_models.wait()
+            except TimeoutError:
+                deadline.remaining_s("waiting for the first worker")
+        return self.core.fleet.lease_for(model)
+
+    def submit(self, request: Request, block_hashes: Sequence[BlockHash], deadline: Deadline) -> Ticket:
+        """Hands the request to the core; close the ticket. Raises DeadlineError, InvalidRequestError for an id in use."""
+        remaining_s, now_s = deadline.remaining_s("admission"), self.clock()
+        deadline_s = None if remaining_s is None else now_s + remaining_s
+        instructions = self.core.submit(request, block_hashes=block_hashes, deadline_s=deadline_s, now_s=now_s)
+        ticket = self._tickets[request.request_id] = Ticket(request.request_id)
+        self._carry_out(instructions)
+        return ticket
+
+    def sent(self, ticket: Ticket, tokens: int) -> None:
+        """The ticket's attempt has brought `tokens` more tokens to the client."""
+        self.core.tokens(ticket.request_id, ticket.attempt, tokens, self.clock())
+
+    def failed(self, ticket: Ticket, error: TandemError) -> None:
+        """The ticket's attempt failed; the ticket tells what follows."""
+        logger.warning("attempt_failed request_id=%s attempt=%d reason=%s", ticket.request_id, ticket.attempt, error.reason)
+        instructions = self.core.failed(ticket.request_id, ticket.attempt, error, self.clock())
+        if not any(isinstance(item, Reject) and item.request_id == ticket.request_id for item in instructions):
+            self.metrics.retries.labels(error.reason).inc()
+        self._carry_out(instructions)
+
+    def finished(self, ticket: Ticket, receipt: Receipt) -> None:
+        """The ticket's request ended well."""
+        self._carry_out(self.core.finished(ticket.request_id, ticket.attempt, receipt, self.clock()))
+
+    def close(self, ticket: Ticket) -> None:
+        """Frees whatever the request still holds; on every way out."""
+        del self._tickets[ticket.request_id]
+        self._carry_out(self.core.cancelled(ticket.request_id, self.clock()))
+
+    def replica_seen(self, lease: Lease) -> None:
+        """A lease came over a Watch stream."""
+        self._carry_out(self.core.replica_seen(lease, self.clock()))
+        self._has_models.set()
+
+    def replica_lost(self, replica_id: ReplicaId, incarnation: int) -> None:
+        """A Watch stream broke or fell silent."""
+        self._carry_out(self.core.replica_lost(replica_id, incarnation, self.clock()))
+
+    def report(self, lease: Lease, incarnation: int, sequence: int, load: WorkerLoad | None, stamps: Sequence[Stamp]) -> None:
+        """Load and stamps came over a Watch stream."""
+        if not self.core.report(lease.replica_id, incarnation, sequence, load, stamps):
+            self.metrics.dropped_reports.inc()
+
+    async def tick_forever(self) -> None:
+        """Gives the core the time and refreshes gauges, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + self.config.tick_s
+            await asyncio.sleep(self.config.tick_s)
+            self.metrics.loop_lag.observe(max(0.0, loop.time() - due_s))
+            try:
+                self._carry_out(self.core.tick(self.clock()))
+            except Exception:
+                logger.exception("tick_failed")
+                self.metrics.task_failures.labels("tick").inc()
+            self._refresh_gauges()
+
+    def _refresh_gauges(self) -> None:
+        self.metrics.queued_requests.set(self.core.queued_requests)
+        self.metrics.running_requests.set(self.core.running_requests)
+        roles = [lease.role for lease in self.core.fleet.leases]
+        for role in Role:
+            self.metrics.replicas.labels(role).set(roles.count(role))
+
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            ticket = self._tickets.get(instruction.request_id)
+            if ticket is None:
+                continue
+            match instruction:
+                case Dispatch():
+                    ticket.tell(instruction)
+                case Reject():
+                    ticket.tell(instruction.error)
+                case Abandon():
+                    ticket.abandon(instruction.attempt, instruction.error)

@@ -1,0 +1,54 @@
+"""One request's line between the core and the call that serves it.
+
+Must not decide anything. Belongs to one event loop and one waiting task.
+"""
+
+import asyncio
+
+from router.instructions import Dispatch
+from tandem.domain import RequestId
+from tandem.errors import TandemError
+from tandem.rpc import ResponseStream
+
+
+class Ticket:
+    """Brings dispatches and the final error to the waiting task, and breaks off its reading when the attempt's worker is lost."""
+
+    def __init__(self, request_id: RequestId) -> None:
+        self.request_id = request_id
+        self.attempt = 0  # the one being served
+        self._news: asyncio.Future[Dispatch | TandemError] = asyncio.get_running_loop().create_future()
+        self._lost: dict[int, TandemError] = {}  # by attempt; at most one per dispatch
+        self._reading: asyncio.Timeout | None = None
+
+    def tell(self, news: Dispatch | TandemError) -> None:
+        """The next attempt, or the end. Nothing where the waiting task has just been cancelled: it closes the ticket then."""
+        if not self._news.done():
+            self._news.set_result(news)
+
+    async def next_dispatch(self) -> Dispatch:
+        """Waits for the next attempt; raises the TandemError the request ended with."""
+        news = await self._news
+        self._news = asyncio.get_running_loop().create_future()
+        if isinstance(news, TandemError):
+            raise news
+        self.attempt = news.attempt
+        return news
+
+    def abandon(self, attempt: int, error: TandemError) -> None:
+        """The attempt's worker is lost: its reading ends with `error`, now or when it begins. A write is never interrupted."""
+        self._lost[attempt] = error
+        if attempt == self.attempt and self._reading is not None:
+            self._reading.reschedule(asyncio.get_running_loop().time())
+
+    async def read(self, stream: ResponseStream) -> bytes | None:
+        """The stream's next message, None at its end. Raises the error of `abandon`, or the stream's own."""
+        if self.attempt in self._lost:
+            raise self._lost[self.attempt]
+        try:
+            async with asyncio.timeout(None) as self._reading:
+                return await stream.read()
+        except TimeoutError:
+            raise self._lost[self.attempt] from None
+        finally:
+            self._reading = None

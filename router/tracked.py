@@ -1,0 +1,72 @@
+"""One request as the core keeps it, and what follows from that alone: its job, whether it may be retried.
+
+Must not touch queue, ledger or fleet.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from router.ledger import BookingKey
+from router.placement import Job, Placement
+from router.prefix_index import Holder
+from tandem.domain import BlockHash, Lease, Request
+from tandem.errors import DeadlineError, Reason, TandemError
+
+_HANDOFF_MIN_BLOCKS = 2
+
+
+@dataclass(slots=True, kw_only=True)
+class Tracked:
+    """A request that is QUEUED (no placement) or RUNNING. Mutable; the core owns it."""
+
+    request: Request
+    block_hashes: Sequence[BlockHash]
+    deadline_s: float | None
+    predicted_queue_s: float
+    queued_since_s: float
+    attempt: int = 0
+    output_tokens: int = 0  # sent by this router, resumed ones not included
+    has_first_token: bool = False  # of this attempt
+    placement: Placement | None = None
+    dispatched_s: float = 0.0
+    avoid: set[Holder] = field(default_factory=set)  # replicas that failed it
+    hold_until_s: float = 0.0  # before this they are not tried again
+
+    @property
+    def key(self) -> BookingKey:
+        """What its bookings are known by."""
+        return self.request.request_id, self.attempt
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and output so far: what a worker must hold before the next token."""
+        return self.request.total_tokens + self.output_tokens
+
+    def job(self, lease: Lease, *, handoff_min_tokens: int | None, default_output_tokens: int) -> Job:
+        """What is to be placed; `lease` is any of the model's, for its block size."""
+        sampling = self.request.sampling
+        expected = self.request.expected_output_tokens or default_output_tokens
+        if sampling.max_tokens is not None:
+            expected = min(expected, sampling.max_tokens)
+        if handoff_min_tokens is None:
+            handoff_min_tokens = _HANDOFF_MIN_BLOCKS * lease.engine.block_size_tokens
+        return Job(
+            model=self.request.model,
+            total_tokens=self.total_tokens,
+            expected_output_tokens=expected,
+            one_worker_reason=sampling.one_worker_reason(),
+            handoff_min_tokens=handoff_min_tokens,
+        )
+
+    def final_error(self, error: TandemError, *, retry_budget: int, now_s: float) -> TandemError | None:
+        """The error the request ends with, or None where another worker may continue it.
+
+        Several choices can be started again, not continued: their positions are not one chain.
+        """
+        is_retryable = error.retryable or error.reason is Reason.STALE_INCARNATION  # it restarted; the new one will do
+        is_continuable = self.request.sampling.n == 1 or self.output_tokens == 0
+        if not is_retryable or not is_continuable or self.attempt > retry_budget:
+            return error
+        if self.deadline_s is not None and self.deadline_s <= now_s:
+            return DeadlineError("retry")
+        return None

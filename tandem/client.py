@@ -1,0 +1,164 @@
+"""The asyncio client. Its blocking twin is in `sync_client.py`; all they share does no I/O and stands in other files."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc.aio
+
+from tandem.chunk_reader import DEFAULT_TIMEOUT_S, GENERATE, GET_STATUS, LIST_MODELS, QUERY_TIMEOUT_S, ChunkReader
+from tandem.cluster_view import ClusterStatus, ModelCard, models_from_pb, status_from_pb
+from tandem.completion import Completion, assemble
+from tandem.domain import Chunk, Receipt
+from tandem.endpoint import resolve_endpoint
+from tandem.errors import CancelledRequestError, ConfigError, TandemError
+from tandem.generate_request import GenerateOptions, PreparedRequest, Prompt, check_timeout_s, prepare_request
+from tandem.rpc import ResponseStream, call, open_channel, start_stream
+from tandem.v1 import control_pb2, inference_pb2
+
+
+class AsyncTokenStream:
+    """The chunks of one request, in order, without gap or repeat. The call starts at the first read.
+
+    Iterate it once. Leaving the loop early, `aclose()` and the end of `async with` all cancel the request, and the cluster frees what
+    it held. `anext(stream)` reads one chunk and cancels nothing.
+    """
+
+    def __init__(self, request: PreparedRequest, start: Callable[[], ResponseStream]) -> None:
+        self._reader = ChunkReader(request)
+        self._start = start
+        self._response: ResponseStream | None = None
+        self._is_closed = False
+        self._has_ended = False
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """What the request cost and where it went; None before the stream's good end, or where the server sent none."""
+        return self._reader.receipt
+
+    async def __anext__(self) -> Chunk:
+        """The next chunk; raises the TandemError that ended the stream, ProtocolError where tokens are missing or repeated."""
+        if self._has_ended:
+            raise StopAsyncIteration
+        if self._is_closed:
+            raise CancelledRequestError("the stream was closed before its end")
+        try:
+            if self._response is None:
+                self._response = self._start()
+            payload = await self._response.read()
+            if payload is not None:
+                return self._reader.read(payload)
+            self._reader.end(await self._response.receipt())
+        except (TandemError, asyncio.CancelledError):
+            self._cancel()
+            raise
+        self._has_ended = True
+        raise StopAsyncIteration
+
+    async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
+        try:
+            while True:
+                try:
+                    chunk = await self.__anext__()
+                except StopAsyncIteration:
+                    return
+                yield chunk
+        finally:
+            self._cancel()
+
+    async def aclose(self) -> None:
+        """Cancels the request where it still runs."""
+        self._cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._cancel()
+
+    def _cancel(self) -> None:
+        self._is_closed = True
+        if self._response is not None:
+            self._response.cancel()
+
+
+class AsyncClient:
+    """Sends prompts to a Tandem cluster. One client is enough for a process; it belongs to the event loop of its first call.
+
+    `endpoint` is a router's host:port; without it TANDEM_ENDPOINT, then the cluster that `tandem up` started. `timeout_s` is the
+    default deadline of a whole request in seconds; None for none. Raises ConfigError where there is no endpoint.
+
+    Every failure is a TandemError: InvalidRequestError (before anything is sent where that can be known), NotFoundError,
+    OverloadedError (see `retry_after_s`), MessageTooLargeError, UnavailableError, DeadlineError, CancelledRequestError, EngineError.
+
+        async with AsyncClient() as client:
+            async with client.stream("Once upon a time", max_tokens=32, temperature=0) as stream:
+                async for chunk in stream:
+                    print(chunk.text, end="")
+            print(stream.receipt.ttft_s)
+    """
+
+    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+        self.endpoint = resolve_endpoint(endpoint)
+        self._timeout_s = check_timeout_s(timeout_s)
+        self._channel: grpc.aio.Channel | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncTokenStream:
+        """The request's chunks as they come. `prompt` is text, token ids, or chat messages ({"role": ..., "content": ...}).
+
+        Options are those of `GenerateOptions`. Raises InvalidRequestError at once for what can be known here, TypeError for an
+        unknown option; reading the stream raises the rest.
+        """
+        return self._stream(prepare_request(prompt, options, self._timeout_s))
+
+    async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
+        """The whole output at once; takes and raises what `stream` does.
+
+        completion = await client.generate([{"role": "user", "content": "Hello"}], max_tokens=16)
+        """
+        request = prepare_request(prompt, options, self._timeout_s)
+        async with self._stream(request) as stream:
+            chunks = [chunk async for chunk in stream]
+        return assemble(chunks, num_choices=request.num_choices, receipt=stream.receipt)
+
+    async def models(self, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> tuple[ModelCard, ...]:
+        """The models served; within `timeout_s` seconds."""
+        request, answer = inference_pb2.ListModelsRequest(), inference_pb2.ListModelsResponse
+        return models_from_pb(await call(self._open(), LIST_MODELS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+
+    async def status(self, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> ClusterStatus:
+        """The replicas, their state and load; within `timeout_s` seconds."""
+        request, answer = control_pb2.GetStatusRequest(), control_pb2.GetStatusResponse
+        return status_from_pb(await call(self._open(), GET_STATUS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+
+    async def close(self) -> None:
+        """Cancels what still runs and frees the connection; the client is of no use after it."""
+        self._is_closed = True
+        if self._channel is not None:
+            await self._channel.close(None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def _stream(self, request: PreparedRequest) -> AsyncTokenStream:
+        def start() -> ResponseStream:
+            return start_stream(self._open(), GENERATE, request.message, timeout_s=request.timeout_s)
+
+        return AsyncTokenStream(request, start)
+
+    def _open(self) -> grpc.aio.Channel:
+        """The connection, made at the first call, because grpc binds it to the running loop."""
+        if self._is_closed:
+            raise ConfigError("the client is closed: make a new one")
+        loop = asyncio.get_running_loop()
+        if self._channel is None:
+            self._channel, self._loop = open_channel(self.endpoint), loop
+        elif loop is not self._loop:
+            raise ConfigError("an AsyncClient belongs to the event loop of its first call: make one for each loop")
+        return self._channel

@@ -1,0 +1,68 @@
+"""What a router tells about its cluster: the models it serves, its replicas and their load. Plain values from Control and ListModels."""
+
+from dataclasses import dataclass
+
+from tandem.convert import lease_from_pb, load_from_pb, role_from_pb
+from tandem.domain import Lease, ModelId, Role, WorkerLoad
+from tandem.v1 import control_pb2, inference_pb2
+from tandem.wire import from_message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A served model. Sizes in tokens."""
+
+    id: ModelId
+    context_tokens: int
+    block_size_tokens: int
+    prefill_replicas: int
+    decode_replicas: int
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One replica as the router sees it; `predicted_work_s` is the work booked on it, in seconds."""
+
+    lease: Lease
+    load: WorkerLoad
+    is_reachable: bool
+    predicted_work_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaTarget:
+    """How many replicas of a role are wanted; `expires_in_s` is 0 where the target stays."""
+
+    model: ModelId
+    role: Role
+    replicas: int
+    expires_in_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """The cluster at a glance, by one router."""
+
+    cluster: str
+    router_id: str
+    queued_requests: int
+    running_requests: int
+    replicas: tuple[ReplicaStatus, ...]
+    targets: tuple[ReplicaTarget, ...]
+
+
+def models_from_pb(message: inference_pb2.ListModelsResponse) -> tuple[ModelCard, ...]:
+    """The models in the router's order."""
+    return tuple(from_message(ModelCard, model) for model in message.models)
+
+
+def status_from_pb(message: control_pb2.GetStatusResponse) -> ClusterStatus:
+    """The status, replicas by model, role and id. Raises ProtocolError where a lease or a role is incomplete or unknown."""
+    replicas = [
+        from_message(ReplicaStatus, replica, lease=lease_from_pb(replica.lease), load=load_from_pb(replica.load))
+        for replica in message.replicas
+    ]
+    replicas.sort(key=lambda replica: (replica.lease.model, replica.lease.role, replica.lease.replica_id))
+    targets = tuple(from_message(ReplicaTarget, target, role=role_from_pb(target.role)) for target in message.targets)
+    return from_message(ClusterStatus, message, replicas=tuple(replicas), targets=targets)

@@ -1,0 +1,58 @@
+"""Settings of each process: field, unit, default, and why this default. Read once in a `main`, passed down.
+
+Must not read the environment or files at import time.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How a replica's engine is built."""
+
+    model: str = "bundled"
+    dtype: str = "auto"  # "auto": fp32 on CPU, where tokens are to be exact; the model's own elsewhere
+    block_size_tokens: int = 32  # the CPU backend takes multiples of 32; one block is the most that a hand-off recomputes
+    context_tokens: int | None = None  # the model's own
+    kv_cache_bytes: int = 128 * MIB  # 65,536 tokens of the bundled model; always explicit, else vLLM takes most of the machine
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048  # one chunk: what a prefill step computes, and what is published at once
+    seed: int = 0  # one per replica, else two workers draw the same numbers
+    is_kv_transfer_on: bool = True
+    store_dir: str = ""
+    store_capacity_bytes: int = 1024 * MIB
+    staging_bytes: int = 64 * MIB  # blocks on their way to the store; where it is full, blocks are not published
+    sync_load_bytes: int = 64 * MIB  # loaded inside one step at most: 64 MiB take about 5 ms
+    faults: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaConfig:
+    """One replica process."""
+
+    replica_id: str
+    role: str
+    incarnation: int
+    served_model: str
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 0
+    metrics_port: int = 0
+    node: str = "local"
+    runtime_dir: str = ""  # private folder for sockets
+    log_path: str = ""  # stdout and stderr of a forked replica; empty: the zygote's
+    watch_interval_s: float = 0.1  # 10 Hz: a queue state half a second old costs 23 points of SLO attainment (reference: algorithms)
+    publish_wait_s: float = 5.0  # longer than any publication takes; then the decode worker computes what is not there
+
+    def to_json(self) -> str:
+        """For another process; `replica_config_from_json` reads it."""
+        return json.dumps(asdict(self))
+
+
+def replica_config_from_json(text: str) -> ReplicaConfig:
+    """The configuration that `to_json` wrote; raises TypeError on unknown keys."""
+    fields = json.loads(text)
+    return ReplicaConfig(**{**fields, "engine": EngineConfig(**fields["engine"])})

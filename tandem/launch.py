@@ -1,0 +1,226 @@
+"""Starting and ending the platform's processes: the zygote, replicas forked from it or spawned, routers.
+
+Every process is known by pid and ended by whoever started it; nothing outlives its supervisor.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tandem.config import ReplicaConfig
+from tandem.errors import ConfigError, Reason
+from tandem.parenthood import die_with_parent
+from tandem.replica_main import set_engine_environment
+
+_STOP_S = 10.0
+_ZYGOTE_START_S = 120.0
+_REPLICA_START_S = 300.0
+
+
+class ReplicaProcess:
+    """One running replica: its lifeline and its pid. `exited` resolves when it is gone, for whatever reason."""
+
+    def __init__(self, config: ReplicaConfig, reader: asyncio.StreamReader, lifeline: asyncio.StreamWriter) -> None:
+        self.config = config
+        self.pid = 0
+        self.address = ""
+        self._reader = reader
+        self._lifeline = lifeline
+        self.exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def wait_ready(self) -> None:
+        """Reads reports until the replica serves. Raises ConfigError with the replica's own words where it fails."""
+        try:
+            async with asyncio.timeout(_REPLICA_START_S):
+                while line := (await self._reader.readline()).decode().strip():
+                    word, _, rest = line.partition(" ")
+                    if word == "pid":
+                        self._watch(int(rest))
+                    elif word == "exit":
+                        break
+                    elif rest.startswith("failed"):
+                        raise ConfigError(rest.removeprefix("failed "), reason=Reason.START_FAILED)
+                    elif rest.startswith("ready"):
+                        self.address = dict(part.split("=") for part in rest.split()[1:])["address"]
+                        return
+        except TimeoutError as error:
+            raise ConfigError(f"replica {self.config.replica_id} did not start in {_REPLICA_START_S:.0f} s", reason=Reason.START_FAILED) from error
+        where = f"; its log is {self.config.log_path}" if self.config.log_path else ""
+        raise ConfigError(f"replica {self.config.replica_id} ended while starting{where}", reason=Reason.START_FAILED)
+
+    def _watch(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.exited.set_result(None)
+            return
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+            if not self.exited.done():
+                self.exited.set_result(None)
+
+        loop.add_reader(descriptor, ended)
+
+    async def stop(self) -> None:
+        """Ends the replica: lifeline first, SIGKILL where that is not enough."""
+        if not self._lifeline.is_closing():
+            self._lifeline.write_eof()
+        if self.pid:
+            try:
+                async with asyncio.timeout(_STOP_S):
+                    await asyncio.shield(self.exited)
+            except TimeoutError:
+                os.kill(self.pid, signal.SIGKILL)
+                await self.exited
+        self._lifeline.close()
+
+
+async def _attach(config: ReplicaConfig, lifeline: socket.socket) -> ReplicaProcess:
+    lifeline.setblocking(False)
+    return ReplicaProcess(config, *await asyncio.open_connection(sock=lifeline))
+
+
+async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
+    """Starts a replica in a fresh interpreter (CUDA, or no zygote); it must import everything first."""
+    ours, theirs = socket.socketpair()
+    environment = dict(os.environ)
+    set_engine_environment(environment)
+    with theirs, _log(config.log_path) as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            f"{config.role}_workers",
+            f"--config-json={config.to_json()}",
+            f"--lifeline-fd={theirs.fileno()}",
+            pass_fds=(theirs.fileno(),),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+    replica = await _attach(config, ours)
+    replica._watch(process.pid)
+    return replica
+
+
+@contextlib.contextmanager
+def _log(path: str):  # type: ignore[no-untyped-def]
+    if not path:
+        yield None
+        return
+    with open(path, "ab") as log:
+        yield log
+
+
+class ZygoteProcess:
+    """The zygote of one node."""
+
+    def __init__(self, runtime_dir: Path, log_path: Path) -> None:
+        self._socket_path = runtime_dir / "zygote.sock"
+        self._log_path = log_path
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Starts it and waits until it has imported everything; about 6 s of CPU."""
+        environment = dict(os.environ)
+        set_engine_environment(environment)
+        with _log(str(self._log_path)) as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tandem.zygote",
+                "--socket",
+                str(self._socket_path),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        async with asyncio.timeout(_ZYGOTE_START_S):
+            while line := await self._process.stdout.readline():
+                if line.strip() == b"zygote ready":
+                    return
+        raise ConfigError(f"the zygote ended while starting: {_tail(self._log_path)}", reason=Reason.START_FAILED)
+
+    async def fork_replica(self, config: ReplicaConfig) -> ReplicaProcess:
+        """Has it fork a replica; `wait_ready` tells when it serves."""
+        lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        lifeline.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(lifeline, str(self._socket_path))
+        await loop.sock_sendall(lifeline, f"{config.to_json()}\n".encode())
+        return await _attach(config, lifeline)
+
+    @property
+    def pid(self) -> int:
+        """Its process id; 0 before `start`."""
+        return self._process.pid if self._process is not None else 0
+
+    async def stop(self) -> None:
+        """Ends it; replicas that run are not touched."""
+        if self._process is not None:
+            await stop_process(self._process)
+
+
+async def stop_process(process: asyncio.subprocess.Process) -> None:
+    """SIGTERM, then SIGKILL after a while; returns when it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def start_router(arguments: Sequence[str]) -> tuple[asyncio.subprocess.Process, str]:
+    """Starts a router; returns it and its address once it listens. Raises ConfigError with its words where it does not."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "router",
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    line = (await process.stdout.readline()).decode()
+    if "router ready" not in line:
+        words = (await process.stderr.read()).decode().strip().splitlines()
+        await process.wait()
+        message = words[-1].removeprefix("tandem: error: ") if words else "the router ended while starting"
+        raise ConfigError(message, reason=Reason.START_FAILED)
+    return process, dict(part.split("=") for part in line.split() if "=" in part)["address"]
+
+
+def has_cuda() -> bool:
+    """Whether this machine has an NVIDIA GPU; asked without importing torch, which a fork would not survive."""
+    return Path("/dev/nvidia0").exists()
+
+
+def _tail(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1] if lines else "no log"
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder of ours and all in it."""
+    shutil.rmtree(path, ignore_errors=True)

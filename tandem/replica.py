@@ -1,0 +1,213 @@
+"""One replica: an engine and the Worker service, for prefill and decode alike. The role only says what routers send.
+
+The engine is built first, on the main thread; then the event loop and gRPC start. `run` returns when the replica is told to stop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import grpc.aio
+from prometheus_client import start_http_server
+
+from decode_workers.service import DecodeService
+from kv_transfer.blocks import make_namespace
+from kv_transfer.link import StoreLink
+from kv_transfer.shm_room import check_room
+from prefill_workers.service import PrefillService
+from tandem.config import ReplicaConfig
+from tandem.convert import lease_to_pb, load_to_pb
+from tandem.domain import Lease, ModelId, Namespace, ReplicaId, Role, WorkerLoad
+from tandem.engine.base import Engine
+from tandem.engine.model_files import resolve_model
+from tandem.errors import ConfigError, Reason
+from tandem.faults import Faults
+from tandem.rpc import ServerCall, open_channel, service, start_server
+from tandem.v1 import worker_pb2
+from tandem.worker_state import Stamp, StampKind, WorkerState
+
+logger = logging.getLogger(__name__)
+
+_STAMP_KINDS = {
+    StampKind.ACCEPTED: worker_pb2.RequestStamp.KIND_ACCEPTED,
+    StampKind.FINISHED: worker_pb2.RequestStamp.KIND_FINISHED,
+}
+
+
+class WorkerService:
+    """The Worker service of one replica."""
+
+    def __init__(
+        self, prefill: PrefillService, decode: DecodeService, engine: Engine, state: WorkerState, *, watch_interval_s: float
+    ) -> None:
+        self.prefill = prefill.prefill
+        self.generate = decode.generate
+        self._engine = engine
+        self._state = state
+        self._watch_interval_s = watch_interval_s
+
+    async def watch(self, request: worker_pb2.WatchRequest, call: ServerCall) -> None:
+        """Streams the lease, then load and stamps at 10 Hz and on change, until the router goes."""
+        self._state.watch(request.router_id)
+        sequence = 0
+        lease, stamps = None, list[Stamp]()
+        try:
+            while True:
+                message = worker_pb2.WatchResponse(
+                    incarnation=self._state.lease.incarnation,
+                    sequence=sequence,
+                    lease=lease_to_pb(self._state.lease) if lease is not self._state.lease else None,
+                    load=load_to_pb(self._load()),
+                    stamps=[
+                        worker_pb2.RequestStamp(request_id=stamp.request_id, attempt=stamp.attempt, kind=_STAMP_KINDS[stamp.kind])
+                        for stamp in stamps
+                    ],
+                )
+                lease = self._state.lease
+                await call.write(message)
+                sequence += 1
+                stamps = await self._state.changed(request.router_id, self._watch_interval_s)
+        finally:
+            self._state.unwatch(request.router_id)
+
+    def _load(self) -> WorkerLoad:
+        engine, totals = self._engine.load(), self._engine.kv_totals()
+        return WorkerLoad(
+            running_requests=self._state.running_requests,
+            waiting_requests=engine.waiting_requests,
+            pending_prefill_tokens=self._state.pending_prefill_tokens,
+            kv_used_fraction=engine.kv_used_fraction,
+            kv_tokens=self._state.kv_tokens,
+            generated_tokens_total=self._state.generated_tokens_total,
+            corrupt_blocks_total=totals.corrupt_blocks,
+            missing_blocks_total=totals.missing_blocks,
+            loaded_bytes_total=totals.loaded_bytes,
+            published_bytes_total=totals.published_bytes,
+        )
+
+    async def drain(self, request: worker_pb2.DrainRequest, call: ServerCall) -> worker_pb2.DrainResponse:
+        """Takes no new work from now on; running requests go on."""
+        self._state.drain()
+        return worker_pb2.DrainResponse(running_requests=self._state.running_requests)
+
+
+class ChannelPool:
+    """Channels to other workers by address, kept open."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def __call__(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address)
+        return self._channels[address]
+
+    async def close(self) -> None:
+        """Closes them all."""
+        for channel in self._channels.values():
+            await channel.close()
+
+
+def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
+    """Builds the engine, serves until SIGTERM or SIGINT, and ends everything it started.
+
+    Writes one line to stdout (or `lifeline_fd`) once it serves: `replica ready id=... address=...`. The end of the lifeline is the
+    supervisor's death and stops the replica too. Raises ConfigError.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    faults = Faults.parse(config.engine.faults)
+    engine, namespace = _build_engine(config)
+    try:
+        asyncio.run(_serve(config, engine, namespace, faults, lifeline_fd))
+    finally:
+        engine.close()
+
+
+def _build_engine(config: ReplicaConfig) -> tuple[Engine, Namespace]:
+    try:
+        from tandem.engine.vllm_engine import VllmEngine, namespace_parts
+    except ImportError as error:
+        raise ConfigError(
+            f"vLLM is not installed ({error.name}): pip install --no-deps -r requirements/cpu.txt", reason=Reason.MISSING_PACKAGE
+        ) from error
+    namespace = make_namespace(namespace_parts(config.engine))
+    link = None
+    if config.engine.is_kv_transfer_on:
+        check_room(Path(config.engine.store_dir))
+        link = StoreLink(config.engine, namespace, Path(config.runtime_dir), config.replica_id)
+    return VllmEngine(config.engine, link), namespace
+
+
+async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, faults: Faults, lifeline_fd: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if lifeline_fd is not None:
+        loop.add_reader(lifeline_fd, _stop_at_end, lifeline_fd, stop)
+    engine.start()
+    channels = ChannelPool()
+    lease = Lease(
+        replica_id=ReplicaId(config.replica_id),
+        incarnation=config.incarnation,
+        node=config.node,
+        role=Role(config.role),
+        model=ModelId(config.served_model),
+        model_path=str(resolve_model(config.engine.model)),
+        namespace=namespace,
+        address="",
+        engine=engine.info,
+    )
+    state = WorkerState(lease)
+    worker = WorkerService(
+        PrefillService(engine, state, publish_wait_s=config.publish_wait_s, faults=faults),
+        DecodeService(engine, state, channels),
+        engine,
+        state,
+        watch_interval_s=config.watch_interval_s,
+    )
+    server = await start_server(config.host, config.port, {"tandem.v1.Worker": service(worker_pb2, "Worker", worker)})
+    metrics_server, _ = start_http_server(config.metrics_port, addr=config.host)
+    state.set_addresses(server.address, f"{config.host}:{metrics_server.server_port}")
+    _report(f"replica ready id={config.replica_id} role={config.role} address={server.address}", lifeline_fd)
+    try:
+        await stop.wait()
+        state.drain()
+        await server.set_serving(False)
+    finally:
+        await server.stop()
+        await channels.close()
+        metrics_server.shutdown()
+
+
+def _stop_at_end(lifeline_fd: int, stop: asyncio.Event) -> None:
+    try:
+        has_ended = not os.read(lifeline_fd, 4096)
+    except ConnectionError:
+        has_ended = True
+    if has_ended:
+        asyncio.get_running_loop().remove_reader(lifeline_fd)
+        stop.set()
+
+
+def _report(line: str, lifeline_fd: int | None) -> None:
+    if lifeline_fd is None:
+        print(line, flush=True)
+        return
+    with contextlib.suppress(BrokenPipeError):
+        os.write(lifeline_fd, f"{line}\n".encode())
+
+
+def main_with_errors(config: ReplicaConfig, lifeline_fd: int | None = None) -> int:
+    """`run`, with a ConfigError as one line on stderr and exit status 2."""
+    try:
+        run(config, lifeline_fd)
+    except ConfigError as error:
+        _report(f"replica failed {error.message}", lifeline_fd)
+        print(f"tandem: error: {error.message}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,77 @@
+from tandem.v1 import common_pb2 as _common_pb2
+from tandem.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("cluster", "router_id", "replicas", "targets", "queued_requests", "running_requests")
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    cluster: str
+    router_id: str
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
+    targets: _containers.RepeatedCompositeFieldContainer[Target]
+    queued_requests: int
+    running_requests: int
+    def __init__(self, cluster: _Optional[str] = ..., router_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ...) -> None: ...
+
+class ReplicaStatus(_message.Message):
+    __slots__ = ("lease", "load", "is_reachable", "predicted_work_s")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    IS_REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_WORK_S_FIELD_NUMBER: _ClassVar[int]
+    lease: _common_pb2.Lease
+    load: _worker_pb2.WorkerLoad
+    is_reachable: bool
+    predicted_work_s: float
+    def __init__(self, lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., load: _Optional[_Union[_worker_pb2.WorkerLoad, _Mapping]] = ..., is_reachable: _Optional[bool] = ..., predicted_work_s: _Optional[float] = ...) -> None: ...
+
+class Target(_message.Message):
+    __slots__ = ("model", "role", "replicas", "expires_in_s")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    role: _common_pb2.Role
+    replicas: int
+    expires_in_s: float
+    def __init__(self, model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., replicas: _Optional[int] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+
+class SetTargetRequest(_message.Message):
+    __slots__ = ("targets",)
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    targets: _containers.RepeatedCompositeFieldContainer[Target]
+    def __init__(self, targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ...) -> None: ...
+
+class SetTargetResponse(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class DrainReplicaRequest(_message.Message):
+    __slots__ = ("replica_id", "deadline_remaining_s")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_REMAINING_S_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    deadline_remaining_s: float
+    def __init__(self, replica_id: _Optional[str] = ..., deadline_remaining_s: _Optional[float] = ...) -> None: ...
+
+class DrainReplicaResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
