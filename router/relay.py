@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from router.instructions import Dispatch
-from router.join import StreamJoin
 from router.receipts import Timeline, complete_receipt
 from router.shell import RouterShell
 from router.ticket import Ticket
 from router.workers import Workers
-from tandem.convert import chunk_to_pb, receipt_from_pb, request_to_worker_pb
+from tandem.convert import chunk_to_pb, finish_reason_from_pb, receipt_from_pb, request_to_worker_pb
+from tandem.deadline import Deadline
 from tandem.domain import BlockHash, Chunk, EngineInfo, FinishReason, Receipt, Request, Usage
-from tandem.errors import EngineError, ProtocolError, TandemError
-from tandem.rpc import Deadline, ServerCall, open_stream, parse_answer
+from tandem.errors import CancelledRequestError, EngineError, Reason, TandemError, UnavailableError
+from tandem.rpc import ResponseStream, ServerCall, open_stream, parse_answer
+from tandem.session import StreamJoiner
 from tandem.v1 import common_pb2, inference_pb2
 
 _GENERATE = "tandem.v1.Worker/Generate"
-_BROKEN_OFF = (common_pb2.FINISH_REASON_ERROR, common_pb2.FINISH_REASON_ABORT)
+_BROKEN_OFF = (FinishReason.ERROR, FinishReason.ABORT)
 
 
 class Relay:
@@ -34,16 +35,12 @@ class Relay:
         self._request = request
         self._engine = engine
         self._arrived_s = arrived_s
-        self._join = StreamJoin(len(request.resume_token_ids), request.sampling.n)
+        self._joiner = StreamJoiner(first_position=len(request.resume_token_ids), num_choices=request.sampling.n)
+        self.sent_tokens = 0  # output tokens that this call has passed on
         self._queue_s = 0.0
         self._waiting_since_s = arrived_s
         self._first_token: tuple[float, int] | None = None  # when, and by which attempt
         self._last_token_s: float | None = None
-
-    @property
-    def sent_tokens(self) -> int:
-        """Output tokens that this call has passed on."""
-        return self._join.sent_tokens
 
     async def run(self, block_hashes: Sequence[BlockHash], deadline: Deadline) -> Receipt:
         """Streams the request's tokens to the call; answers the receipt. Raises the TandemError it ends with."""
@@ -54,12 +51,14 @@ class Relay:
                 self._note_dispatch()
                 try:
                     worker_receipt = await self._attempt(ticket, dispatch, deadline)
+                except CancelledRequestError:
+                    raise
                 except TandemError as error:
                     self._waiting_since_s = self._shell.clock()
                     if not await self._was_all_sent():
                         self._shell.failed(ticket, error)
                         continue
-                    worker_receipt = Receipt(request_id=self._request.request_id)  # lost with the worker, after its last token
+                    worker_receipt = self._bare_receipt(dispatch)  # lost with the worker, after its last token
                 receipt = self._receipt(worker_receipt, dispatch)
                 self._shell.finished(ticket, receipt)
                 return receipt
@@ -68,38 +67,47 @@ class Relay:
 
     async def _attempt(self, ticket: Ticket, dispatch: Dispatch, deadline: Deadline) -> Receipt:
         decode = dispatch.plan.decode
-        request = replace(self._request, resume_token_ids=(*self._request.resume_token_ids, *self._join.output_tokens))
+        sent = self._joiner.token_ids() if self.sent_tokens else ()  # of the only choice: the core retries several only before the first
+        request = replace(self._request, resume_token_ids=(*self._request.resume_token_ids, *sent))
         message = request_to_worker_pb(request, dispatch.plan, dispatch.attempt, decode.incarnation)
         timeout_s = deadline.remaining_s("dispatch")
         async with open_stream(self._workers.channel(decode), _GENERATE, message, timeout_s=timeout_s) as stream:
-            while (payload := await ticket.read(stream)) is not None:
+            while (payload := await _read(ticket, stream)) is not None:
                 await self._forward(payload, ticket)
-            if not self._join.has_ended:
-                raise ProtocolError("the worker's stream ended without a finish reason")
+            self._joiner.end()
             receipt = await stream.receipt()
         if receipt is None:
-            return Receipt(request_id=request.request_id)
+            return self._bare_receipt(dispatch)
         return receipt_from_pb(parse_answer(common_pb2.Receipt, receipt))
 
     async def _forward(self, payload: bytes, ticket: Ticket) -> None:
         """Sends one message on as it is, once it is known to continue the stream."""
         message = parse_answer(inference_pb2.GenerateResponse, payload)
-        if message.finish_reason in _BROKEN_OFF:
-            raise EngineError(f"the engine broke the request off ({common_pb2.FinishReason.Name(message.finish_reason)})")
-        is_end = message.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
-        self._join.add(message.choice_index, message.first_position, message.token_ids, is_end=is_end)
+        finish_reason = finish_reason_from_pb(message.finish_reason)
+        if finish_reason in _BROKEN_OFF:
+            raise EngineError(f"the engine broke the request off ({finish_reason})")
+        token_ids = tuple(message.token_ids)
+        self._joiner.join(
+            Chunk(
+                first_position=message.first_position,
+                token_ids=token_ids,
+                finish_reason=finish_reason,
+                choice_index=message.choice_index,
+            )
+        )
         await self._call.write(payload)
-        if message.token_ids:
+        if token_ids:
+            self.sent_tokens += len(token_ids)
             self._last_token_s = self._shell.clock()
             if self._first_token is None:
                 self._first_token = (self._last_token_s, ticket.attempt)
-            self._shell.sent(ticket, len(message.token_ids))
+            self._shell.sent(ticket, len(token_ids))
 
     async def _was_all_sent(self) -> bool:
         """Whether the client has every token although the attempt failed; a missing LENGTH end is sent here."""
-        if self._join.has_ended:
+        if self._joiner.is_finished:
             return True
-        position = self._join.next_position
+        position = self._joiner.next_position()
         if self._request.sampling.n > 1 or position < self._request.max_output_tokens(self._engine):
             return False
         usage = Usage(prompt_tokens=len(self._request.prompt_token_ids), output_tokens=position, cached_tokens=0)
@@ -111,6 +119,13 @@ class Relay:
         if self._first_token is None:
             self._queue_s += self._shell.clock() - self._waiting_since_s
 
+    def _bare_receipt(self, dispatch: Dispatch) -> Receipt:
+        return Receipt(
+            request_id=self._request.request_id,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            decode_replica_id=dispatch.plan.decode.replica_id,
+        )
+
     def _receipt(self, worker_receipt: Receipt, dispatch: Dispatch) -> Receipt:
         first_s, first_attempt = (None, None) if self._first_token is None else self._first_token
         timeline = Timeline(
@@ -118,8 +133,8 @@ class Relay:
             first_token_s=None if first_s is None else first_s - self._arrived_s,
             last_token_s=None if self._last_token_s is None else self._last_token_s - self._arrived_s,
             end_s=self._shell.clock() - self._arrived_s,
-            sent_tokens=self._join.sent_tokens,
-            output_tokens=self._join.sent_tokens + len(self._request.resume_token_ids),
+            sent_tokens=self.sent_tokens,
+            output_tokens=self.sent_tokens + len(self._request.resume_token_ids),
             attempts=dispatch.attempt,
             first_token_attempt=first_attempt,
         )
@@ -130,3 +145,11 @@ class Relay:
             router_id=self._shell.config.router_id,
             one_worker_reason=dispatch.plan.one_worker_reason,
         )
+
+
+async def _read(ticket: Ticket, stream: ResponseStream) -> bytes | None:
+    """The next message. A stream cancelled from the worker's side is a lost worker: our own cancel raises CancelledError."""
+    try:
+        return await ticket.read(stream)
+    except CancelledRequestError as error:
+        raise UnavailableError("the worker cancelled the request", reason=Reason.WORKER_LOST) from error

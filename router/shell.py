@@ -16,7 +16,7 @@ from router.ledger import Stamp
 from router.ticket import Ticket
 from tandem.domain import BlockHash, Lease, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
 from tandem.errors import OverloadedError, TandemError
-from tandem.rpc import Deadline
+from tandem.deadline import Deadline
 from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)

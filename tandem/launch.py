@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tandem.config import ReplicaConfig
+from tandem.engine.environment import set_engine_environment
 from tandem.errors import ConfigError, Reason
 from tandem.parenthood import die_with_parent
-from tandem.replica_main import set_engine_environment
 
 _STOP_S = 10.0
 _ZYGOTE_START_S = 120.0

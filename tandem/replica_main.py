@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tandem.config import EngineConfig, ReplicaConfig, replica_config_from_json
 from tandem.domain import Role
+from tandem.engine.environment import set_engine_environment
 
 
 def main(role: Role) -> None:
@@ -30,7 +31,7 @@ def main(role: Role) -> None:
     parser.add_argument("--config-json", help="a whole ReplicaConfig; replaces all other options")
     parser.add_argument("--lifeline-fd", type=int, help="reports go here, and its end stops the replica")
     args = parser.parse_args()
-    set_engine_environment(os.environ)
+    set_engine_environment()
 
     from tandem.engine.model_files import served_name
     from tandem.replica import main_with_errors
@@ -62,22 +63,3 @@ def main(role: Role) -> None:
             ),
         )
         sys.exit(main_with_errors(config, args.lifeline_fd))
-
-
-def set_engine_environment(environment: "os._Environ[str] | dict[str, str]") -> None:
-    """What must be set before torch and vLLM are imported; values that are there win.
-
-    One OpenMP thread per engine: two and anything else on the cores give 184 ms between tokens (reference: vllm, section 8).
-    """
-    defaults = {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on CPU: no worker process of its own beside the engine's
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    for name, value in defaults.items():
-        environment.setdefault(name, value)
-    # The engine's block hashes start from this seed; unset is the value that all processes share.
-    environment.pop("PYTHONHASHSEED", None)

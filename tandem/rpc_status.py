@@ -15,8 +15,8 @@ from tandem.errors import Code, DeadlineError, Reason, TandemError, rebuild
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 _DOMAIN = "tandem"
-# The message travels twice in the trailing metadata, which gRPC refuses above 8 KiB.
-_MAX_MESSAGE_CHARS = 1_000
+# The message travels up to three times in the trailing metadata, once with three letters a byte, and gRPC refuses more than 8 KiB.
+_MAX_MESSAGE_BYTES = 1_000
 
 # gRPC's number and the HTTP twin stand in reference/peers.md, section 4.3.
 _STATUS: Mapping[Code, grpc.StatusCode] = {
@@ -63,7 +63,7 @@ def status_code(error: TandemError) -> grpc.StatusCode:
 def to_status(error: TandemError) -> status_pb2.Status:
     """Our error as google.rpc.Status with ErrorInfo, and BadRequest or RetryInfo where they say more.
 
-    The message is cut to 1,000 characters and cleaned of what is not UTF-8: a report must never fail.
+    The message is cut to 1,000 bytes and cleaned of what is not UTF-8: a report must never fail.
     """
     message = wire_message(error)
     code: int = _STATUS[error.code].value[0]
@@ -84,7 +84,7 @@ def to_status(error: TandemError) -> status_pb2.Status:
 
 def wire_message(error: TandemError) -> str:
     """The error's message as it may travel."""
-    return error.message[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
+    return error.message[:_MAX_MESSAGE_BYTES].encode("utf-8", "replace")[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore")
 
 
 def to_error(code: grpc.StatusCode, message: str | None, trailing_metadata: Mapping[str, str | bytes]) -> TandemError:

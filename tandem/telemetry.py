@@ -13,25 +13,26 @@ class RouterMetrics:
     """Of one router process. `outcome` is "ok" or the error's reason."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter("tandem_router_requests_total", "Requests that ended", ("model", "outcome"), registry=registry)
-        self.prompt_tokens = Counter("tandem_router_prompt_tokens_total", "Prompt tokens of admitted requests", ("model",), registry=registry)
-        self.output_tokens = Counter("tandem_router_output_tokens_total", "Output tokens sent to clients", ("model",), registry=registry)
-        self.retries = Counter("tandem_router_retries_total", "Attempts that failed and were continued elsewhere", ("reason",), registry=registry)
-        self.ttft = Histogram(
-            "tandem_router_ttft_seconds", "Arrival to first token sent", ("model",), buckets=_SECONDS, registry=registry
-        )
-        self.e2e = Histogram("tandem_router_e2e_seconds", "Arrival to last token sent", ("model",), buckets=_SECONDS, registry=registry)
-        self.queue = Histogram("tandem_router_queue_seconds", "Arrival to dispatch", ("model",), buckets=_SECONDS, registry=registry)
-        self.ttft_error = Histogram(
-            "tandem_router_ttft_error_seconds", "Predicted against actual TTFT, absolute", ("model",), buckets=_SECONDS, registry=registry
-        )
-        self.queued_requests = Gauge("tandem_router_queued_requests", "Requests that wait in the router", registry=registry)
-        self.running_requests = Gauge("tandem_router_running_requests", "Requests that are dispatched", registry=registry)
-        self.replicas = Gauge("tandem_router_replicas", "Reachable replicas", ("role",), registry=registry)
-        self.dropped_reports = Counter(
-            "tandem_router_dropped_reports_total", "Reports of an older incarnation or out of order", registry=registry
-        )
-        self.task_failures = Counter("tandem_router_task_failures_total", "Unexpected errors at a task's root", ("task",), registry=registry)
-        self.loop_lag = Histogram(
-            "tandem_router_loop_lag_seconds", "How late the event loop runs a timer", buckets=_SECONDS, registry=registry
-        )
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"tandem_router_{name}_total", text, labels, registry=registry)
+
+        def seconds(name: str, text: str, *labels: str) -> Histogram:
+            return Histogram(f"tandem_router_{name}_seconds", text, labels, buckets=_SECONDS, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"tandem_router_{name}", text, labels, registry=registry)
+
+        self.requests = counter("requests", "Requests that ended", "model", "outcome")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of valid requests", "model")
+        self.output_tokens = counter("output_tokens", "Output tokens sent to clients", "model")
+        self.retries = counter("retries", "Attempts that failed and were continued elsewhere", "reason")
+        self.dropped_reports = counter("dropped_reports", "Reports of an older incarnation or out of order")
+        self.task_failures = counter("task_failures", "Unexpected errors at a task's root", "task")
+        self.queue = seconds("queue", "Arrival to dispatch", "model")
+        self.ttft = seconds("ttft", "Arrival to first token sent", "model")
+        self.e2e = seconds("e2e", "Arrival to last token sent", "model")
+        self.ttft_error = seconds("ttft_error", "Predicted against actual TTFT, absolute", "model")
+        self.loop_lag = seconds("loop_lag", "How late the event loop runs a timer")
+        self.queued_requests = gauge("queued_requests", "Requests that wait in the router")
+        self.running_requests = gauge("running_requests", "Requests that are dispatched")
+        self.replicas = gauge("replicas", "Reachable replicas", "role")

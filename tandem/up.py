@@ -87,10 +87,10 @@ class Platform:
             self._zygote = ZygoteProcess(self.runtime_dir, self.runtime_dir / "zygote.log")
             await self._zygote.start()
         self._progress(f"starting {self.options.prefill} prefill and {self.options.decode} decode replicas of {model.name}")
-        roles = [Role.PREFILL] * self.options.prefill + [Role.DECODE] * self.options.decode
+        counts = {Role.PREFILL: self.options.prefill, Role.DECODE: self.options.decode}
         async with asyncio.TaskGroup() as group:
-            for number, role in enumerate(roles):
-                group.create_task(self.add_replica(role, f"{role}-{number}"), name=f"start-{role}-{number}")
+            for role, name in ((role, f"{role}-{number}") for role, count in counts.items() for number in range(count)):
+                group.create_task(self.add_replica(role, name), name=f"start-{name}")
         if self.options.is_router_on:
             self._progress("starting the router")
             workers = [f"--worker={replica.address}" for replica in self.replicas.values()]
@@ -122,7 +122,13 @@ class Platform:
         started = await self._start_replica(config)
         task = asyncio.create_task(self._supervise(started), name=f"supervise-{name}")
         self._supervisors.add(task)
+        task.add_done_callback(self._supervisors.discard)
         return started
+
+    async def remove_replica(self, name: str) -> None:
+        """Stops a replica for good."""
+        removed = self.replicas.pop(name)
+        await removed.stop()
 
     async def _start_replica(self, config: ReplicaConfig) -> ReplicaProcess:
         started = await (spawn_replica(config) if self._zygote is None else self._zygote.fork_replica(config))
@@ -135,11 +141,11 @@ class Platform:
         starts_s: list[float] = []
         while True:
             await current.exited
-            if self._is_stopping:
+            name = current.config.replica_id
+            if self._is_stopping or self.replicas.get(name) is not current:
                 return
             now_s = time.monotonic()
             starts_s = [start_s for start_s in starts_s if now_s - start_s < _RESTART_WINDOW_S] + [now_s]
-            name = current.config.replica_id
             if len(starts_s) > _RESTARTS:
                 self._progress(f"{name} died {len(starts_s)} times within a minute and stays down; its log is {current.config.log_path}")
                 return
@@ -158,9 +164,10 @@ class Platform:
         if self._router is not None:
             await stop_process(self._router)
         await asyncio.gather(*(replica.stop() for replica in self.replicas.values()))
-        for task in self._supervisors:
+        supervisors = list(self._supervisors)
+        for task in supervisors:
             task.cancel()
-        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        await asyncio.gather(*supervisors, return_exceptions=True)
         if self._zygote is not None:
             await self._zygote.stop()
         remove_endpoint_file(self.cluster)

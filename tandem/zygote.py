@@ -34,14 +34,9 @@ def main() -> None:
 
 
 def _import_all() -> None:
-    """Everything a replica needs, so that a fork imports nothing. Imports only: a thread or a torch operation would forbid the fork."""
-    import vllm.model_executor.models.llama
-    import vllm.v1.engine.core
-    import vllm.v1.executor.uniproc_executor
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-
+    """Everything a replica needs. Imported here and not above, so that a bad command line is told at once."""
     import kv_transfer.connector
-    import tandem.engine.vllm_engine
+    import tandem.engine.preload
     import tandem.replica  # noqa: F401
 
 

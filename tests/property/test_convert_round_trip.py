@@ -200,5 +200,5 @@ SAMPLING_COUNTS = ("max_tokens", "min_tokens", "top_k", "logprobs", "n")
 @given(st.sampled_from(SAMPLING_COUNTS), st.integers(max_value=-1) | st.integers(min_value=2**32))
 def test_a_sampling_setting_out_of_range_is_refused_by_name(name: str, count: int) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        convert.sampling_to_pb(replace(Sampling(), **{name: count}))
+        convert.sampling_to_pb(replace(Sampling(), **{name: count}))  # type: ignore[arg-type]
     assert caught.value.field == f"sampling.{name}"

@@ -1,0 +1,134 @@
+"""The Watch stream and the channel of each configured worker: leases, loads and stamps in, losses noticed.
+
+Must not choose or count: everything goes to the core through the shell.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import grpc.aio
+
+from router.ledger import Stamp, StampKind
+from router.shell import RouterShell
+from tandem.convert import lease_from_pb, load_from_pb
+from tandem.domain import Lease, PlannedWorker, RequestId
+from tandem.errors import ProtocolError, Reason, TandemError, UnavailableError
+from tandem.rpc import open_channel, open_stream, parse_answer
+from tandem.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+_WATCH = "tandem.v1.Worker/Watch"
+_RECONNECT_MIN_S = 0.1
+_STAMP_KINDS = {
+    worker_pb2.RequestStamp.KIND_ACCEPTED: StampKind.ACCEPTED,
+    worker_pb2.RequestStamp.KIND_FINISHED: StampKind.FINISHED,
+}
+
+
+@dataclass(slots=True)
+class _Link:
+    address: str
+    channel: grpc.aio.Channel
+    lease: Lease | None = None  # the last one that came
+    is_reachable: bool = False
+
+
+class Workers:
+    """The workers at fixed addresses. Run it in a task; it ends only by being cancelled."""
+
+    def __init__(self, addresses: Sequence[str], shell: RouterShell, rng: Random) -> None:
+        self._shell = shell
+        self._rng = rng
+        self._links = [_Link(address, open_channel(address)) for address in dict.fromkeys(addresses)]
+
+    def channel(self, worker: PlannedWorker) -> grpc.aio.Channel:
+        """Where to call a planned worker. Raises UnavailableError where it is not reachable any more."""
+        for link in self._links:
+            if link.is_reachable and link.lease is not None and link.lease.replica_id == worker.replica_id:
+                return link.channel
+        raise UnavailableError(f"replica {worker.replica_id} is not reachable", reason=Reason.WORKER_LOST)
+
+    def unreachable(self) -> list[Lease]:
+        """Last leases of workers that do not answer now, and whose replicas answer nowhere else."""
+        reachable = {lease.replica_id for lease in self._shell.core.fleet.leases}
+        leases = [link.lease for link in self._links if link.lease is not None]
+        return [lease for lease in leases if lease.replica_id not in reachable]
+
+    async def watch_forever(self) -> None:
+        """Holds one Watch stream per worker; closes the channels at its end."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for link in self._links:
+                    group.create_task(self._keep_watching(link), name=f"watch {link.address}")
+        finally:
+            for link in self._links:
+                await link.channel.close(None)
+
+    async def _keep_watching(self, link: _Link) -> None:
+        """Watches again after each loss, with a growing pause."""
+        pause_s = _RECONNECT_MIN_S
+        was_told = False
+        while True:
+            reason = "the stream ended"
+            try:
+                await self._watch(link)
+            except TimeoutError:
+                reason = f"no message for {self._shell.config.watch_silence_s:g} s"
+            except TandemError as error:
+                reason = error.message
+            except Exception:
+                logger.exception("watch_failed address=%s", link.address)
+                self._shell.metrics.task_failures.labels("watch").inc()
+                reason = "a bug of the router"
+            was_reachable = link.is_reachable
+            self._lose(link)
+            if was_reachable or not was_told:
+                logger.info("worker_unreachable address=%s reason=%s", link.address, reason)
+                was_told = True
+            pause_s = _RECONNECT_MIN_S if was_reachable else min(2 * pause_s, self._shell.config.reconnect_max_s)
+            await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.0))
+
+    async def _watch(self, link: _Link) -> None:
+        """Takes messages until the stream ends or breaks. Raises TimeoutError where it falls silent."""
+        request = worker_pb2.WatchRequest(router_id=self._shell.config.router_id)
+        async with open_stream(link.channel, _WATCH, request, timeout_s=None) as stream:
+            while True:
+                async with asyncio.timeout(self._shell.config.watch_silence_s):
+                    payload = await stream.read()
+                if payload is None:
+                    return
+                self._take(link, parse_answer(worker_pb2.WatchResponse, payload))
+
+    def _take(self, link: _Link, message: worker_pb2.WatchResponse) -> None:
+        if message.HasField("lease"):
+            self._take_lease(link, lease_from_pb(message.lease))
+        if not link.is_reachable or link.lease is None:
+            raise ProtocolError(f"the worker at {link.address} sent a report before its lease")
+        load = load_from_pb(message.load) if message.HasField("load") else None
+        stamps = [
+            Stamp(request_id=RequestId(stamp.request_id), attempt=stamp.attempt, kind=_STAMP_KINDS[stamp.kind])
+            for stamp in message.stamps
+            if stamp.kind in _STAMP_KINDS
+        ]
+        self._shell.report(link.lease, message.incarnation, message.sequence, load, stamps)
+
+    def _take_lease(self, link: _Link, lease: Lease) -> None:
+        engine = lease.engine
+        if not (lease.replica_id and lease.model and min(engine.block_size_tokens, engine.context_tokens, engine.vocabulary_tokens) > 0):
+            raise ProtocolError(f"the worker at {link.address} sent a lease without replica id, model or engine limits")
+        if link.lease is not None and link.lease.replica_id != lease.replica_id:
+            self._lose(link)
+        if not link.is_reachable:
+            logger.info("replica_seen replica_id=%s incarnation=%d address=%s", lease.replica_id, lease.incarnation, link.address)
+        link.lease = lease
+        link.is_reachable = True
+        self._shell.replica_seen(lease)
+
+    def _lose(self, link: _Link) -> None:
+        if link.is_reachable and link.lease is not None:
+            link.is_reachable = False
+            self._shell.replica_lost(link.lease.replica_id, link.lease.incarnation)

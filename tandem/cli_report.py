@@ -1,0 +1,93 @@
+"""What the command line prints and writes: lines, tables and JSON from plain values. Must not call anybody."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from tandem.cluster_view import ClusterStatus, ModelCard, ReplicaStatus
+from tandem.completion import Completion
+from tandem.domain import Receipt
+from tandem.errors import ConfigError
+
+
+def receipt_line(receipt: Receipt) -> str:
+    """One line for people: where the time went and who did it."""
+    workers = f"{receipt.prefill_replica_id} -> {receipt.decode_replica_id}" if receipt.handed_off else receipt.decode_replica_id
+    reason = f" ({receipt.one_worker_reason})" if receipt.one_worker_reason and not receipt.handed_off else ""
+    return (
+        f"receipt {receipt.request_id}: ttft {receipt.ttft_s:.3f} s"
+        f" (queue {receipt.queue_s:.3f}, dispatch {receipt.dispatch_s:.3f}, prefill {receipt.prefill_s:.3f}),"
+        f" handoff gap {receipt.handoff_gap_s:.3f} s, e2e {receipt.e2e_s:.3f} s;"
+        f" prompt {receipt.prompt_tokens} tokens ({receipt.cached_tokens} cached), output {receipt.output_tokens} tokens;"
+        f" kv shipped {receipt.kv_bytes_shipped} bytes; workers {workers}{reason}; attempts {receipt.attempts}"
+    )
+
+
+def generate_report(completion: Completion) -> dict[str, object]:
+    """The one output of `tandem generate` as a JSON object."""
+    choice = dataclasses.asdict(completion.choices[0])
+    return {
+        "schema": "tandem.generate/1",
+        **{name: choice[name] for name in ("text", "token_ids", "finish_reason", "stop_reason")},
+        "usage": None if completion.usage is None else dataclasses.asdict(completion.usage),
+        "receipt": None if completion.receipt is None else dataclasses.asdict(completion.receipt),
+    }
+
+
+def models_report(models: Sequence[ModelCard]) -> dict[str, object]:
+    """The served models as a JSON object."""
+    return {"schema": "tandem.models/1", "models": [dataclasses.asdict(model) for model in models]}
+
+
+def status_report(status: ClusterStatus) -> dict[str, object]:
+    """The cluster's status as a JSON object."""
+    return {"schema": "tandem.status/1", **dataclasses.asdict(status)}
+
+
+def write_report(path: Path, report: dict[str, object]) -> None:
+    """Writes one JSON object and makes the folders above it; raises ConfigError where that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def models_table(models: Sequence[ModelCard]) -> Table:
+    """One row a model."""
+    table = Table("model", title="models")
+    for heading in ("context tokens", "block tokens", "prefill replicas", "decode replicas"):
+        table.add_column(heading, justify="right")
+    for model in models:
+        counts = (model.context_tokens, model.block_size_tokens, model.prefill_replicas, model.decode_replicas)
+        table.add_row(model.id, *(str(count) for count in counts))
+    return table
+
+
+def status_table(status: ClusterStatus) -> Table:
+    """One row a replica."""
+    title = f"cluster {status.cluster}: {status.running_requests} running, {status.queued_requests} queued"
+    table = Table("replica", "role", "model", "state", title=title)
+    for heading in ("running", "waiting", "KV used", "work"):
+        table.add_column(heading, justify="right")
+    for replica in status.replicas:
+        table.add_row(*_status_row(replica))
+    return table
+
+
+def _status_row(replica: ReplicaStatus) -> tuple[str, ...]:
+    lease, load = replica.lease, replica.load
+    state = lease.state.value if replica.is_reachable else f"{lease.state.value}, unreachable"
+    counts = (str(load.running_requests), str(load.waiting_requests))
+    return (
+        lease.replica_id,
+        lease.role.value,
+        lease.model,
+        state,
+        *counts,
+        f"{load.kv_used_fraction:.1%}",
+        f"{replica.predicted_work_s:.2f} s",
+    )
