@@ -1,7 +1,8 @@
 """The caller's side of a hand-off: one token from the first prefill worker that gives one."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import grpc.aio
@@ -9,8 +10,8 @@ import grpc.aio
 from tandem.convert import finish_reason_from_pb, logprobs_from_pb, sampling_to_pb
 from tandem.domain import Plan, PlannedWorker, Request
 from tandem.engine.base import EngineOutput
-from tandem.errors import ProtocolError, TandemError
-from tandem.rpc import Deadline, ResponseStream, open_stream, parse
+from tandem.errors import CancelledRequestError, DeadlineError, ProtocolError, TandemError
+from tandem.rpc import Deadline, ResponseStream, open_stream, parse_answer
 from tandem.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -36,15 +37,15 @@ class Published:
 
 
 async def prefill_elsewhere(
-    request: Request, plan: Plan, attempt: int, deadline: Deadline, channels: Channels
-) -> AsyncIterator[Prefilled | Published]:
+    request: Request, plan: Plan, attempt: int, deadline: Deadline, channels: Channels, *, publish_wait_s: float
+) -> AsyncGenerator[Prefilled | Published, None]:
     """Yields Prefilled at once, then Published; nothing where every prefill worker of the plan is lost: prefill here then.
 
-    A worker lost after its token is not replaced: what it had published is loaded, the rest computed. Raises DeadlineError, and
-    what a worker says of the request itself (bad input).
+    A worker lost after its token, or silent for `publish_wait_s` after it, is not replaced: what it had published is loaded, the rest
+    computed. Raises DeadlineError, and what a worker says of the request itself (bad input).
     """
-    for number, worker in enumerate(plan.prefill):
-        message = _to_pb(request, plan, worker, attempt * len(plan.prefill) + number)
+    for worker in plan.prefill:
+        message = _to_pb(request, plan, worker, attempt)
         has_token = False
         try:
             async with open_stream(
@@ -52,24 +53,33 @@ async def prefill_elsewhere(
             ) as stream:
                 yield _prefilled(worker, await _read(stream))
                 has_token = True
-                yield Published(blocks=(await _read(stream)).published.published_blocks)
+                async with asyncio.timeout(publish_wait_s):
+                    published = (await _read(stream)).published
+                yield Published(blocks=published.published_blocks)
                 return
-        except TandemError as error:
-            if not error.retryable:
+        except (TandemError, TimeoutError) as error:
+            if not (has_token or _is_loss(error)) or isinstance(error, DeadlineError):
                 raise
-            logger.warning("prefill_lost request_id=%s replica_id=%s reason=%s", request.request_id, worker.replica_id, error.reason)
+            logger.warning("prefill_lost request_id=%s replica_id=%s error=%r", request.request_id, worker.replica_id, error)
             if has_token:
                 return
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether the worker failed and not the request; a worker that stops cancels its calls, and only the client may cancel the request."""
+    return isinstance(error, ProtocolError | CancelledRequestError) or (isinstance(error, TandemError) and error.retryable)
 
 
 async def _read(stream: ResponseStream) -> worker_pb2.PrefillResponse:
     payload = await stream.read()
     if payload is None:
         raise ProtocolError("the prefill worker ended its stream early")
-    return parse(worker_pb2.PrefillResponse, payload)
+    return parse_answer(worker_pb2.PrefillResponse, payload)
 
 
 def _prefilled(worker: PlannedWorker, response: worker_pb2.PrefillResponse) -> Prefilled:
+    if not response.HasField("first_token"):
+        raise ProtocolError("the prefill worker's first message holds no token")
     first = response.first_token
     output = EngineOutput(
         choice_index=0,

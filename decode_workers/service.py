@@ -12,7 +12,7 @@ from decode_workers.handoff import Channels, Prefilled, prefill_elsewhere
 from tandem.convert import chunk_to_pb, plan_from_pb, receipt_to_pb, request_from_worker_pb
 from tandem.domain import Chunk, Plan, Receipt, Request, Usage
 from tandem.engine.base import Engine, EngineRequest
-from tandem.errors import EngineError
+from tandem.errors import EngineError, InvalidRequestError
 from tandem.rpc import Deadline, ServerCall
 from tandem.v1 import worker_pb2
 from tandem.worker_state import Run, WorkerState
@@ -33,6 +33,7 @@ class _Stream:
     sent_s: list[float] = field(default_factory=list)  # the first two tokens' and the last one's
     prefilled: Prefilled | None = None
     published_s: float = 0.0
+    has_engine_output: bool = False
     cached_tokens: int = 0
     recomputed_tokens: int = 0
     kv_bytes: int = 0
@@ -50,12 +51,16 @@ class _Stream:
 
 
 class DecodeService:
-    """Serves generation on one replica. `channels` gives a channel to another worker by address."""
+    """Serves generation on one replica. `channels` gives a channel to another worker by address.
 
-    def __init__(self, engine: Engine, state: WorkerState, channels: Channels) -> None:
+    `publish_wait_s` bounds how long decode waits for a prefill worker's blocks after its token.
+    """
+
+    def __init__(self, engine: Engine, state: WorkerState, channels: Channels, *, publish_wait_s: float) -> None:
         self._engine = engine
         self._state = state
         self._channels = channels
+        self._publish_wait_s = publish_wait_s
 
     async def generate(self, message: worker_pb2.WorkerGenerateRequest, call: ServerCall) -> None:
         """Writes the request's tokens from its first position on; the receipt comes as trailing metadata. Raises TandemError."""
@@ -89,13 +94,17 @@ class DecodeService:
 
     def _make_choice(self, request: Request, index: int) -> Choice:
         text = self._engine.output_text(request.prompt_token_ids, request.sampling)
-        text.add(request.resume_token_ids, is_stop_token=False)
+        stop_string = text.add(request.resume_token_ids, is_stop_token=False)
+        if stop_string is not None:
+            raise InvalidRequestError("resume_token_ids", "hold a stop string already: the output has ended there")
         text.take(is_finished=False)  # the client has this text from the worker before
         return Choice(index, text, position=len(request.resume_token_ids), max_output_tokens=request.max_output_tokens(self._engine.info))
 
     async def _first_token(self, stream: _Stream) -> None:
         """Has a prefill worker compute the first token and passes it on at once; leaves all to this engine where none can."""
-        handoff = prefill_elsewhere(stream.request, stream.plan, stream.attempt, stream.deadline, self._channels)
+        handoff = prefill_elsewhere(
+            stream.request, stream.plan, stream.attempt, stream.deadline, self._channels, publish_wait_s=self._publish_wait_s
+        )
         async with contextlib.aclosing(handoff) as events:
             async for event in events:
                 if isinstance(event, Prefilled):
@@ -107,6 +116,8 @@ class DecodeService:
                         return
                 else:
                     stream.published_s = time.monotonic()
+        if stream.prefilled is None:
+            self._state.must_prefill(stream.run, stream.request.total_tokens)
 
     async def _decode(self, stream: _Stream) -> None:
         """Runs this engine from the tokens there are to the end."""
@@ -128,7 +139,8 @@ class DecodeService:
                     target = stream.choices[output.choice_index]
                     if target.finish_reason is not None or not (output.token_ids or output.finish_reason):
                         continue
-                    if not stream.recomputed_tokens:
+                    if not stream.has_engine_output:
+                        stream.has_engine_output = True
                         self._note_start(stream, run_id, len(token_ids), output.cached_tokens)
                     await self._send(stream, target.add(output))
                     if stream.is_finished:

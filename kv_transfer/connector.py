@@ -82,7 +82,6 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed_loads: set[str] = set()
         self._dropped_saves: set[str] = set()
         self._invalid_block_ids: set[int] = set()
-        self._requests_by_id: dict[str, Request] = {}
         self._closers: list[Any] = []
         if role is KVConnectorRole.SCHEDULER:
             # In the engine's process: without it an engine outlives its killed replica for ever.
@@ -190,14 +189,18 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         """Whole blocks are saved after the forward."""
 
     def wait_for_save(self) -> None:
-        """Stages the blocks that this step filled. After a failed load nothing computed in this step is trusted."""
-        saves = self._jobs().saves
-        if self._failed_loads:
-            self._dropped_saves.update(job.request_id for job in saves)
-            return
-        for job in saves:
+        """Stages the blocks that this step filled. After a failed load nothing computed in this step is trusted.
+
+        A prompt that ended in such a step may be its request's last step, so what the store holds of it is told all the same.
+        """
+        for job in self._jobs().saves:
             prompt_keys = None if job.prompt_hashes is None else self._keys(job.prompt_hashes)
-            self._publisher.submit(job.block_ids, self._keys(job.hashes), tag=job.tag, prompt_keys=prompt_keys)
+            if not self._failed_loads:
+                self._publisher.submit(job.block_ids, self._keys(job.hashes), tag=job.tag, prompt_keys=prompt_keys)
+                continue
+            self._dropped_saves.add(job.request_id)
+            if prompt_keys is not None and job.request_id not in self._failed_loads:
+                self._publisher.submit([], [], tag=job.tag, prompt_keys=prompt_keys)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Loads that ended outside the step, each exactly once."""

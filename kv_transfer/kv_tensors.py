@@ -1,6 +1,7 @@
 """The engine's KV tensors as blocks of bytes: gather out of them, scatter into them.
 
-A block's bytes are its layers in order, each `tensor[block]` in logical order (kv_heads, tokens, channels), so that the layout in memory does not matter.
+A block's bytes are its layers in order, each `tensor[block]` in logical order (kv_heads, tokens, channels), so that the layout in memory
+does not matter.
 """
 
 from collections.abc import Sequence

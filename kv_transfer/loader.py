@@ -15,8 +15,7 @@ from kv_transfer.blocks import BlockKey
 from kv_transfer.kv_tensors import KvTensors
 from kv_transfer.notices import Notice, NoticeSender, TransferTotals
 from kv_transfer.planner import LoadJob
-from kv_transfer.publisher import leading_count
-from kv_transfer.store import BlockOutcome, BlockStore
+from kv_transfer.store import BlockOutcome, BlockStore, leading_count
 from tandem.domain import Namespace
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,7 @@ class Loader:
         self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
         self._step_buffer = self._make_buffer()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def _make_buffer(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
@@ -106,7 +106,8 @@ class Loader:
         return LoadResult(request_id=job.request_id, invalid_block_ids=list(job.block_ids[valid:]))
 
     def _count(self, outcomes: Sequence[BlockOutcome], good: int) -> None:
-        self._totals.loaded_blocks += good
-        self._totals.loaded_bytes += good * self._tensors.block_bytes
-        self._totals.corrupt_blocks += sum(outcome is BlockOutcome.CORRUPT for outcome in outcomes)
-        self._totals.missing_blocks += sum(outcome is BlockOutcome.MISSING for outcome in outcomes)
+        with self._lock:
+            self._totals.loaded_blocks += good
+            self._totals.loaded_bytes += good * self._tensors.block_bytes
+            self._totals.corrupt_blocks += sum(outcome is BlockOutcome.CORRUPT for outcome in outcomes)
+            self._totals.missing_blocks += sum(outcome is BlockOutcome.MISSING for outcome in outcomes)

@@ -1,6 +1,7 @@
 """Notices from the engine's process to its replica: what was published, what was loaded, running totals.
 
-One datagram each over a Unix socket in the replica's private folder, so that nobody polls. Totals are cumulative: a lost one is made good by the next.
+One datagram each over a Unix socket in the replica's private folder, so that nobody polls. Totals are cumulative: a lost one is made good
+by the next.
 """
 
 import asyncio
@@ -10,6 +11,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from tandem.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +68,20 @@ class NoticeSender:
 
 
 class NoticeReceiver:
-    """The replica's end. Bound before the engine starts; `listen` once the event loop runs."""
+    """The replica's end. Bound before the engine starts; `listen` once the event loop runs. Raises ConfigError where it cannot be bound."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
-        self._socket.bind(str(path))
+        try:
+            path.unlink(missing_ok=True)  # of a predecessor that was killed
+            self._socket.bind(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(
+                f"cannot listen on the Unix socket {path} ({error}): its folder must be writable and its path short"
+            ) from error
 
     def listen(self, on_notice: Callable[[Notice], None]) -> None:
         """Calls `on_notice` on the running loop for each notice."""

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kv_transfer.blocks import BlockKey
-from kv_transfer.publisher import leading_count
-from kv_transfer.store import BlockStore
+from kv_transfer.store import BlockStore, leading_count
 from tandem.domain import BlockHash, Namespace
 
 _PARAMS = ("tandem_tag", "tandem_load", "tandem_publish")

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from kv_transfer.blocks import BlockKey
 from kv_transfer.kv_tensors import KvTensors
 from kv_transfer.notices import Notice, NoticeSender, TransferTotals
-from kv_transfer.store import BlockStore, PutOutcome
+from kv_transfer.store import BlockStore, PutOutcome, leading_count
 from tandem.faults import Faults
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Publisher:
         self._totals = totals
         self._faults = faults
         self._evict_after_bytes = evict_after_bytes
+        self._unevicted_bytes = 0
         self._staging = np.zeros((max(1, staging_bytes // tensors.block_bytes), tensors.block_bytes), dtype=np.uint8)
         self._staging[:] = 0  # touches the pages now: fresh ones cost ten times a copy
         self._free = list(range(len(self._staging)))
@@ -78,23 +79,21 @@ class Publisher:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        unevicted_bytes = 0
         while (job := self._jobs.get()) is not None:
-            try:
-                stored_bytes = self._publish(job)
-                unevicted_bytes += stored_bytes
-                if job.prompt_keys is not None:
-                    self._send_published(job.tag, job.prompt_keys)
-                if unevicted_bytes > self._evict_after_bytes:
-                    unevicted_bytes = 0
-                    self._totals.evicted_blocks += self._store.evict()
-            except Exception:  # the thread's root: a failed publish is a future miss, not the end of publishing
-                logger.exception("publish_failed")
-            finally:
-                with self._lock:
-                    self._free.extend(job.rows)
+            # Each on its own: whoever waits for the notice must get one, whatever became of the blocks.
+            self._attempt(self._publish, job)
+            with self._lock:
+                self._free.extend(job.rows)
+            self._attempt(self._send_published, job)
+            self._attempt(self._evict, job)
 
-    def _publish(self, job: _Job) -> int:
+    def _attempt(self, step: Callable[[_Job], None], job: _Job) -> None:
+        try:
+            step(job)
+        except Exception:  # the thread's root: a failed publish is a future miss, not the end of publishing
+            logger.exception("publish_failed step=%s", step.__name__)
+
+    def _publish(self, job: _Job) -> None:
         if job.rows and (delay_s := self._faults.delay_s("kv_publish.delay_s")):
             time.sleep(delay_s)
         rows = [self._staging[row] for row in job.rows]
@@ -102,19 +101,21 @@ class Publisher:
         for index in reversed([index for index in range(len(rows)) if self._faults.fires("kv_put.drop_every")]):
             del rows[index], keys[index]
         outcomes = self._store.put(keys, [memoryview(row) for row in rows])
-        stored = sum(outcome is PutOutcome.STORED for outcome in outcomes)
+        stored, no_room = (outcomes.count(outcome) for outcome in (PutOutcome.STORED, PutOutcome.NO_ROOM))
+        stored_bytes = stored * self._tensors.block_bytes
         self._totals.published_blocks += stored
-        self._totals.published_bytes += stored * self._tensors.block_bytes
+        self._totals.published_bytes += stored_bytes
         with self._lock:
-            self._totals.unstored_blocks += sum(outcome is PutOutcome.NO_ROOM for outcome in outcomes)
-        return stored * self._tensors.block_bytes
+            self._totals.unstored_blocks += no_room
+        self._unevicted_bytes += self._evict_after_bytes if no_room else stored_bytes
 
-    def _send_published(self, tag: str, prompt_keys: list[BlockKey]) -> None:
-        blocks = leading_count(self._store.contains(prompt_keys))
-        payload_bytes = blocks * self._tensors.block_bytes
-        self._notices.send(Notice(kind="published", tag=tag, blocks=blocks, payload_bytes=payload_bytes, totals=self._totals))
+    def _send_published(self, job: _Job) -> None:
+        if job.prompt_keys is not None:
+            blocks = leading_count(self._store.contains(job.prompt_keys))
+            payload_bytes = blocks * self._tensors.block_bytes
+            self._notices.send(Notice(kind="published", tag=job.tag, blocks=blocks, payload_bytes=payload_bytes, totals=self._totals))
 
-
-def leading_count(flags: Sequence[bool]) -> int:
-    """How many of the first flags are all true."""
-    return next((index for index, flag in enumerate(flags) if not flag), len(flags))
+    def _evict(self, job: _Job) -> None:
+        if self._unevicted_bytes >= self._evict_after_bytes:
+            self._unevicted_bytes = 0
+            self._totals.evicted_blocks += self._store.evict()

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from kv_transfer.shm_store import ShmStore
 from tandem.errors import ConfigError, Reason
 
 _MIB = 1 << 20
@@ -11,9 +12,13 @@ MIN_FREE_BYTES = 64 * _MIB
 
 
 def check_room(folder: Path, *, needed_bytes: int = MIN_FREE_BYTES) -> None:
-    """Raises ConfigError where the file system of `folder` has less than `needed_bytes` free or cannot be written."""
+    """Raises ConfigError where the file system of `folder` has less than `needed_bytes` free, blocks that it holds already not counted.
+
+    Those give way to new ones, and a replica must be able to start again beside a full store.
+    """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    held_bytes = ShmStore(folder, capacity_bytes=needed_bytes).stats().used_bytes if folder.is_dir() else 0
+    free_bytes = shutil.disk_usage(existing).free + held_bytes
     if free_bytes < needed_bytes:
         raise ConfigError(
             f"no room for KV blocks in {existing}: {free_bytes // _MIB} MiB free, at least {needed_bytes // _MIB} MiB needed; "

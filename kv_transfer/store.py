@@ -72,3 +72,8 @@ class BlockStore(Protocol):
 
     def stats(self) -> StoreStats:
         """Sizes now; O(blocks)."""
+
+
+def leading_count(flags: Sequence[bool]) -> int:
+    """How many of the first flags are all true."""
+    return next((index for index, flag in enumerate(flags) if not flag), len(flags))

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from dataclasses import replace
 
 from tandem.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
 from tandem.domain import FinishReason
@@ -28,11 +29,12 @@ class PrefillService:
         if self._faults.fires("prefill.fail_every"):
             raise EngineError("prefill failed by the fault hook prefill.fail_every")
         token_ids = tuple(request.prompt_token_ids)
+        sampling = sampling_from_pb(request.sampling)
         run_id = f"{request.request_id}.p{request.attempt}"
         engine_request = EngineRequest(
             run_id=run_id,
             token_ids=token_ids,
-            sampling=sampling_from_pb(request.sampling),
+            sampling=replace(sampling, min_tokens=max(0, sampling.min_tokens - request.resumed_tokens)),
             max_new_tokens=1,
             cache_salt=request.cache_salt,
             priority=request.priority,

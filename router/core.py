@@ -10,6 +10,7 @@ A request is in one of three states, and unknown before and after:
 Booking is at dispatch, release at the end of the attempt. Mutate only through the event methods; the shell carries out what they answer.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from random import Random
 
@@ -27,6 +28,9 @@ from router.tracked import Tracked
 from tandem.domain import BlockHash, Lease, Receipt, ReplicaId, Request, RequestId, WorkerLoad
 from tandem.errors import DeadlineError, InvalidRequestError, Reason, TandemError, UnavailableError
 
+# Ids that ended within the settle time; beyond 2,000 requests/s the oldest are forgotten, which costs a wrong count for a moment.
+_MAX_ENDED = 10_000
+
 
 class RouterCore:
     """All state of one router. `rng` names plans only; every choice is determined by the events."""
@@ -41,6 +45,7 @@ class RouterCore:
         self._admission = Admission(max_queued_requests=config.max_queued_requests, max_running_requests=config.max_running_requests)
         self._planner = Planner(config, self._fleet, self._ledger, self._prefixes, self._predictor)
         self._requests: dict[RequestId, Tracked] = {}
+        self._ended: OrderedDict[RequestId, tuple[int, float]] = OrderedDict()  # last attempt and when, for the settle time
 
     # What the shell may ask.
 
@@ -81,8 +86,11 @@ class RouterCore:
         except TandemError as error:
             return [Reject(request_id=request_id, error=error)]
         ahead_requests = 0 if self._admission.has_slot else self.queued_requests
+        attempts_before, _ = self._ended.pop(request_id, (0, 0.0))
         self._requests[request_id] = Tracked(
             request=request,
+            attempts_before=attempts_before,
+            attempt=attempts_before,
             block_hashes=block_hashes,
             deadline_s=deadline_s,
             predicted_queue_s=self._predictor.wait_s(ahead_requests, self._config.max_running_requests),
@@ -116,7 +124,7 @@ class RouterCore:
             return []
         tracked, placement = found
         self._predictor.observe_request(now_s - tracked.dispatched_s)
-        if attempt == 1:
+        if tracked.tries == 1:
             learn(self._predictor, tracked.request, placement, receipt)
         self._end(tracked, now_s)
         return self._pump(now_s)
@@ -186,6 +194,7 @@ class RouterCore:
                 error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=wait_s)
                 instructions.append(self._refuse(tracked, error, now_s))
         self._ledger.expire(now_s)
+        self._forget_ended(now_s)
         return [*instructions, *self._pump(now_s)]
 
     # Inside.
@@ -226,16 +235,26 @@ class RouterCore:
         return tracked, tracked.placement
 
     def _release(self, tracked: Tracked, now_s: float) -> None:
-        if tracked.placement is None:
-            return
-        for lease in (*tracked.placement.prefill[:1], tracked.placement.decode):
-            self._ledger.release(lease.replica_id, tracked.key, now_s)
-        tracked.placement = None
+        if tracked.placement is not None:
+            for lease in (*tracked.placement.prefill[:1], tracked.placement.decode):
+                self._ledger.release(lease.replica_id, tracked.key, now_s)
+            tracked.placement = None
 
     def _end(self, tracked: Tracked, now_s: float) -> None:
+        request_id = tracked.request.request_id
         self._release(tracked, now_s)
-        self._admission.end(tracked.request.request_id)
-        del self._requests[tracked.request.request_id]
+        self._admission.end(request_id)
+        del self._requests[request_id]
+        self._ended[request_id] = (tracked.attempt, now_s)
+        if len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
+
+    def _forget_ended(self, now_s: float) -> None:
+        while self._ended:
+            request_id, (_, ended_s) = next(iter(self._ended.items()))
+            if now_s - ended_s < self._config.stamp_settle_s:
+                return
+            del self._ended[request_id]
 
     def _refuse(self, tracked: Tracked, error: TandemError, now_s: float) -> Reject:
         self._end(tracked, now_s)
@@ -261,6 +280,7 @@ class RouterCore:
         self._admission.check_invariants()
         self._ledger.check_invariants()
         assert len(self._prefixes) <= self._config.max_prefix_blocks, "the prefix index is over its bound"
+        assert len(self._ended) <= _MAX_ENDED, "more ended requests are remembered than may be"
         queued = {request_id for request_id, tracked in self._requests.items() if tracked.placement is None}
         assert queued == set(self._admission.waiting()), "queue and requests disagree on who waits"
         assert len(self._requests) - len(queued) == self.running_requests, "queue and requests disagree on who runs"

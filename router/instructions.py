@@ -8,7 +8,10 @@ from tandem.errors import TandemError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
-    """Run the request by this plan, from its resumed tokens and those already sent. `attempt` counts from 1."""
+    """Run the request by this plan, from its resumed tokens and those already sent.
+
+    `attempt` grows with each try, over requests that used the same id shortly before too: no two runs share both.
+    """
 
     request_id: RequestId
     attempt: int

@@ -93,7 +93,10 @@ class Ledger:
     def book(self, replica_id: ReplicaId, key: BookingKey, *, prefill_tokens: int, kv_tokens: int) -> None:
         """Counts a dispatch at once. Raises KeyError for an unknown replica, AssertionError for a second booking."""
         account = self._accounts[replica_id]
-        assert key not in account.bookings, f"{key} is booked twice on {replica_id}"
+        old = account.bookings.pop(key, None)
+        if old is not None:
+            assert old.released_s is not None, f"{key} is booked twice on {replica_id}"
+            account.count(old, -1)
         account.bookings[key] = booking = _Booking(prefill_tokens=prefill_tokens, kv_tokens=kv_tokens)
         account.count(booking, 1)
 

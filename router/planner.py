@@ -62,7 +62,7 @@ def make_plan(tracked: Tracked, placement: Placement, config: RouterConfig, *, p
         plan_id=plan_id,
         prefill=tuple(_planned(lease) for lease in placement.prefill),
         decode=_planned(placement.decode),
-        retry_budget=config.retry_budget + 1 - tracked.attempt,
+        retry_budget=config.retry_budget + 1 - tracked.tries,
         deadline_remaining_s=None if tracked.deadline_s is None else tracked.deadline_s - now_s,
         predicted=predicted_terms(placement, tracked.predicted_queue_s),
         one_worker_reason=placement.one_worker_reason,

@@ -37,6 +37,7 @@ class Relay:
         self._arrived_s = arrived_s
         self._joiner = StreamJoiner(first_position=len(request.resume_token_ids), num_choices=request.sampling.n)
         self.sent_tokens = 0  # output tokens that this call has passed on
+        self._attempts = 0
         self._queue_s = 0.0
         self._waiting_since_s = arrived_s
         self._first_token: tuple[float, int] | None = None  # when, and by which attempt
@@ -100,7 +101,7 @@ class Relay:
             self.sent_tokens += len(token_ids)
             self._last_token_s = self._shell.clock()
             if self._first_token is None:
-                self._first_token = (self._last_token_s, ticket.attempt)
+                self._first_token = (self._last_token_s, self._attempts)
             self._shell.sent(ticket, len(token_ids))
 
     async def _was_all_sent(self) -> bool:
@@ -116,6 +117,7 @@ class Relay:
         return True
 
     def _note_dispatch(self) -> None:
+        self._attempts += 1
         if self._first_token is None:
             self._queue_s += self._shell.clock() - self._waiting_since_s
 
@@ -135,7 +137,7 @@ class Relay:
             end_s=self._shell.clock() - self._arrived_s,
             sent_tokens=self.sent_tokens,
             output_tokens=self.sent_tokens + len(self._request.resume_token_ids),
-            attempts=dispatch.attempt,
+            attempts=self._attempts,
             first_token_attempt=first_attempt,
         )
         return complete_receipt(

@@ -14,9 +14,9 @@ from router.core import RouterCore
 from router.instructions import Abandon, Dispatch, Instruction, Reject
 from router.ledger import Stamp
 from router.ticket import Ticket
+from tandem.deadline import Deadline
 from tandem.domain import BlockHash, Lease, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
 from tandem.errors import OverloadedError, TandemError
-from tandem.deadline import Deadline
 from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ class Tracked:
     deadline_s: float | None
     predicted_queue_s: float
     queued_since_s: float
-    attempt: int = 0
+    attempts_before: int = 0  # of earlier requests of the same id, whose stamps may still come
+    attempt: int = 0  # 0: none yet
     output_tokens: int = 0  # sent by this router, resumed ones not included
     has_first_token: bool = False  # of this attempt
     placement: Placement | None = None
@@ -36,6 +37,11 @@ class Tracked:
     def key(self) -> BookingKey:
         """What its bookings are known by."""
         return self.request.request_id, self.attempt
+
+    @property
+    def tries(self) -> int:
+        """Attempts of this request so far."""
+        return self.attempt - self.attempts_before
 
     @property
     def total_tokens(self) -> int:
@@ -65,7 +71,7 @@ class Tracked:
         """
         is_retryable = error.retryable or error.reason is Reason.STALE_INCARNATION  # it restarted; the new one will do
         is_continuable = self.request.sampling.n == 1 or self.output_tokens == 0
-        if not is_retryable or not is_continuable or self.attempt > retry_budget:
+        if not is_retryable or not is_continuable or self.tries > retry_budget:
             return error
         if self.deadline_s is not None and self.deadline_s <= now_s:
             return DeadlineError("retry")

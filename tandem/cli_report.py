@@ -69,7 +69,8 @@ def models_table(models: Sequence[ModelCard]) -> Table:
 
 def status_table(status: ClusterStatus) -> Table:
     """One row a replica."""
-    title = f"cluster {status.cluster}: {status.running_requests} running, {status.queued_requests} queued"
+    where = f"cluster {status.cluster}" if status.cluster else f"router {status.router_id}"
+    title = f"{where}: {status.running_requests} running, {status.queued_requests} queued"
     table = Table("replica", "role", "model", "state", title=title)
     for heading in ("running", "waiting", "KV used", "work"):
         table.add_column(heading, justify="right")

@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import tandem
+from tandem.completion import assemble
 from tandem.config import EngineConfig
 from tandem.convert import chunk_from_pb, receipt_from_pb, request_to_worker_pb
 from tandem.domain import Chunk, ModelId, Plan, PlannedWorker, Receipt, ReplicaId, Request, RequestId, Role, Sampling
@@ -79,21 +80,36 @@ class DirectCaller:
 
     async def run(self, token_ids: Sequence[int], max_tokens: int) -> Run:
         """One greedy request."""
+        run, started_s = Run(), time.monotonic()
+        async for chunk, receipt in self._stream(token_ids, Sampling(temperature=0.0, max_tokens=max_tokens)):
+            if chunk is not None:
+                run.take(chunk, started_s)
+            run.receipt = receipt
+        return run
+
+    async def complete(self, token_ids: Sequence[int], sampling: Sampling) -> tandem.Completion:
+        """One request with any sampling."""
+        chunks: list[Chunk] = []
+        async for chunk, receipt in self._stream(token_ids, sampling):
+            if chunk is not None:
+                chunks.append(chunk)
+        return assemble(chunks, num_choices=sampling.n, receipt=receipt)
+
+    async def _stream(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncIterator[tuple[Chunk | None, Receipt | None]]:
+        """The chunks, each with no receipt, then the receipt."""
         self._number += 1
         request = Request(
             request_id=RequestId(f"direct-{id(self)}-{self._number}"),
             model=ModelId("bundled"),
             prompt_token_ids=tuple(token_ids),
-            sampling=Sampling(temperature=0.0, max_tokens=max_tokens),
+            sampling=sampling,
         )
         message = request_to_worker_pb(request, self._plan, 0, self._plan.decode.incarnation)
-        run, started_s = Run(), time.monotonic()
         async with open_stream(self._channel, "tandem.v1.Worker/Generate", message, timeout_s=60.0) as stream:
             async for payload in stream:
-                run.take(chunk_from_pb(inference_pb2.GenerateResponse.FromString(payload)), started_s)
+                yield chunk_from_pb(inference_pb2.GenerateResponse.FromString(payload)), None
             receipt = await stream.receipt()
-        run.receipt = None if receipt is None else receipt_from_pb(common_pb2.Receipt.FromString(receipt))
-        return run
+        yield None, None if receipt is None else receipt_from_pb(common_pb2.Receipt.FromString(receipt))
 
     async def close(self) -> None:
         """Closes the channel."""

@@ -50,7 +50,9 @@ class ReplicaProcess:
                         self.address = dict(part.split("=") for part in rest.split()[1:])["address"]
                         return
         except TimeoutError as error:
-            raise ConfigError(f"replica {self.config.replica_id} did not start in {_REPLICA_START_S:.0f} s", reason=Reason.START_FAILED) from error
+            raise ConfigError(
+                f"replica {self.config.replica_id} did not start in {_REPLICA_START_S:.0f} s", reason=Reason.START_FAILED
+            ) from error
         where = f"; its log is {self.config.log_path}" if self.config.log_path else ""
         raise ConfigError(f"replica {self.config.replica_id} ended while starting{where}", reason=Reason.START_FAILED)
 
@@ -72,8 +74,8 @@ class ReplicaProcess:
         loop.add_reader(descriptor, ended)
 
     async def stop(self) -> None:
-        """Ends the replica: lifeline first, SIGKILL where that is not enough."""
-        if not self._lifeline.is_closing():
+        """Ends the replica: lifeline first, SIGKILL where that is not enough. Also closes the lifeline of a dead one."""
+        with contextlib.suppress(OSError):
             self._lifeline.write_eof()
         if self.pid:
             try:

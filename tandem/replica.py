@@ -52,10 +52,9 @@ class WorkerService:
 
     async def watch(self, request: worker_pb2.WatchRequest, call: ServerCall) -> None:
         """Streams the lease, then load and stamps at 10 Hz and on change, until the router goes."""
-        self._state.watch(request.router_id)
         sequence = 0
         lease, stamps = None, list[Stamp]()
-        try:
+        with self._state.watch(request.router_id) as watcher:
             while True:
                 message = worker_pb2.WatchResponse(
                     incarnation=self._state.lease.incarnation,
@@ -70,9 +69,7 @@ class WorkerService:
                 lease = self._state.lease
                 await call.write(message)
                 sequence += 1
-                stamps = await self._state.changed(request.router_id, self._watch_interval_s)
-        finally:
-            self._state.unwatch(request.router_id)
+                stamps = await watcher.changed(self._watch_interval_s)
 
     def _load(self) -> WorkerLoad:
         engine, totals = self._engine.load(), self._engine.kv_totals()
@@ -102,6 +99,7 @@ class ChannelPool:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def __call__(self, address: str) -> grpc.aio.Channel:
+        """The channel to `address`, opened at the first call."""
         if address not in self._channels:
             self._channels[address] = open_channel(address)
         return self._channels[address]
@@ -109,7 +107,7 @@ class ChannelPool:
     async def close(self) -> None:
         """Closes them all."""
         for channel in self._channels.values():
-            await channel.close()
+            await channel.close(None)
 
 
 def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
@@ -165,7 +163,7 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     state = WorkerState(lease)
     worker = WorkerService(
         PrefillService(engine, state, publish_wait_s=config.publish_wait_s, faults=faults),
-        DecodeService(engine, state, channels),
+        DecodeService(engine, state, channels, publish_wait_s=config.publish_wait_s),
         engine,
         state,
         watch_interval_s=config.watch_interval_s,

@@ -94,6 +94,8 @@ def to_error(code: grpc.StatusCode, message: str | None, trailing_metadata: Mapp
     """
     our_code, reason = _CODE.get(code, (Code.INTERNAL, Reason.PROTOCOL))
     text = message or code.name
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and STATUS_DETAILS_KEY not in trailing_metadata:
+        text = "the deadline passed before the answer was complete"  # gRPC's words for it change from call to call
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:  # gRPC's own limit, by its words: it has no other mark
         reason = Reason.MESSAGE_TOO_LARGE
     retryable, field, retry_after_s, stage = code in _RETRYABLE, None, None, None

@@ -69,7 +69,7 @@ class Platform:
         self.router_address = ""
         self.replicas: dict[str, ReplicaProcess] = {}
         self._progress = progress
-        self._zygote: ZygoteProcess | None = None
+        self.zygote: ZygoteProcess | None = None
         self._router: asyncio.subprocess.Process | None = None
         self._supervisors: set[asyncio.Task[None]] = set()
         self._is_stopping = False
@@ -84,8 +84,8 @@ class Platform:
         self.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not has_cuda():
             self._progress("importing vLLM once (about 6 s on an idle core)")
-            self._zygote = ZygoteProcess(self.runtime_dir, self.runtime_dir / "zygote.log")
-            await self._zygote.start()
+            self.zygote = ZygoteProcess(self.runtime_dir, self.runtime_dir / "zygote.log")
+            await self.zygote.start()
         self._progress(f"starting {self.options.prefill} prefill and {self.options.decode} decode replicas of {model.name}")
         counts = {Role.PREFILL: self.options.prefill, Role.DECODE: self.options.decode}
         async with asyncio.TaskGroup() as group:
@@ -131,7 +131,7 @@ class Platform:
         await removed.stop()
 
     async def _start_replica(self, config: ReplicaConfig) -> ReplicaProcess:
-        started = await (spawn_replica(config) if self._zygote is None else self._zygote.fork_replica(config))
+        started = await (spawn_replica(config) if self.zygote is None else self.zygote.fork_replica(config))
         self.replicas[config.replica_id] = started
         await started.wait_ready()
         return started
@@ -144,6 +144,7 @@ class Platform:
             name = current.config.replica_id
             if self._is_stopping or self.replicas.get(name) is not current:
                 return
+            await current.stop()
             now_s = time.monotonic()
             starts_s = [start_s for start_s in starts_s if now_s - start_s < _RESTART_WINDOW_S] + [now_s]
             if len(starts_s) > _RESTARTS:
@@ -168,8 +169,8 @@ class Platform:
         for task in supervisors:
             task.cancel()
         await asyncio.gather(*supervisors, return_exceptions=True)
-        if self._zygote is not None:
-            await self._zygote.stop()
+        if self.zygote is not None:
+            await self.zygote.stop()
         remove_endpoint_file(self.cluster)
         remove_folder(self.runtime_dir)
         if not self.options.store_dir:

@@ -5,14 +5,14 @@ Used by both worker services; knows neither the engine nor gRPC. Belongs to one 
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from tandem.domain import Lease, ReplicaState
 from tandem.errors import Reason, UnavailableError
 
-# Stamps of a router that does not listen; the oldest are dropped, and the router learns the totals when it comes back.
+# Stamps of a router that does not read its stream; the oldest are dropped, and the totals are right all the same.
 _MAX_STAMPS = 10_000
 
 
@@ -41,10 +41,31 @@ class Run:
     generated_tokens: int = 0
 
 
-@dataclass(slots=True)
-class _Watcher:
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    stamps: list[Stamp] = field(default_factory=list)
+class Watcher:
+    """One router's Watch stream: what it has not been told yet."""
+
+    def __init__(self, router_id: str) -> None:
+        self.router_id = router_id
+        self._changed = asyncio.Event()
+        self._stamps: list[Stamp] = []
+
+    async def changed(self, timeout_s: float) -> list[Stamp]:
+        """Waits for a change or `timeout_s`; returns the router's stamps since the last call."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        self._changed.clear()
+        stamps, self._stamps = self._stamps, []
+        return stamps
+
+    def stamp(self, stamp: Stamp) -> None:
+        """Keeps a stamp for the next message."""
+        self._stamps.append(stamp)
+        del self._stamps[:-_MAX_STAMPS]
+
+    def wake(self) -> None:
+        """Ends the wait in `changed`."""
+        self._changed.set()
 
 
 class WorkerState:
@@ -54,7 +75,7 @@ class WorkerState:
         self.lease = lease
         self.generated_tokens_total = 0
         self._by_id: dict[int, Run] = {}
-        self._watchers: dict[str, _Watcher] = {}
+        self._watchers: list[Watcher] = []
 
     @property
     def running_requests(self) -> int:
@@ -68,8 +89,8 @@ class WorkerState:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose KV running attempts hold or will hold."""
-        return sum(run.kv_tokens for run in self._by_id.values())
+        """Tokens whose KV running attempts hold or will hold, output included."""
+        return sum(run.kv_tokens + run.generated_tokens for run in self._by_id.values())
 
     def check(self, incarnation: int) -> None:
         """Raises UnavailableError where this replica is not the one meant, or takes no new work."""
@@ -92,6 +113,11 @@ class WorkerState:
             del self._by_id[id(run)]
             self._stamp(router_id, Stamp(request_id=request_id, attempt=attempt, kind=StampKind.FINISHED))
 
+    def must_prefill(self, run: Run, prefill_tokens: int) -> None:
+        """The attempt's prompt is computed here after all."""
+        run.prefill_tokens = prefill_tokens
+        self._wake()
+
     def prefilled(self, run: Run) -> None:
         """The first token of the attempt has left."""
         run.prefill_tokens = 0
@@ -112,33 +138,22 @@ class WorkerState:
         self.lease = replace(self.lease, state=ReplicaState.DRAINING)
         self._wake()
 
-    def watch(self, router_id: str) -> None:
-        """A router listens; its stamps are kept from here on."""
-        self._watchers.setdefault(router_id, _Watcher())
-
-    def unwatch(self, router_id: str) -> None:
-        """A router stopped listening."""
-        self._watchers.pop(router_id, None)
-
-    async def changed(self, router_id: str, timeout_s: float) -> list[Stamp]:
-        """Waits for a change or `timeout_s`; returns this router's stamps since the last call."""
-        watcher = self._watchers[router_id]
+    @contextmanager
+    def watch(self, router_id: str) -> Iterator[Watcher]:
+        """A router listens for as long as the context lasts; one that comes back may do so before its old stream has ended."""
+        watcher = Watcher(router_id)
+        self._watchers.append(watcher)
         try:
-            async with asyncio.timeout(timeout_s):
-                await watcher.changed.wait()
-        except TimeoutError:
-            pass
-        watcher.changed.clear()
-        stamps, watcher.stamps = watcher.stamps, []
-        return stamps
+            yield watcher
+        finally:
+            self._watchers.remove(watcher)
 
     def _stamp(self, router_id: str, stamp: Stamp) -> None:
-        watcher = self._watchers.get(router_id)
-        if watcher is not None:
-            watcher.stamps.append(stamp)
-            del watcher.stamps[:-_MAX_STAMPS]
+        for watcher in self._watchers:
+            if watcher.router_id == router_id:
+                watcher.stamp(stamp)
         self._wake()
 
     def _wake(self) -> None:
-        for watcher in self._watchers.values():
-            watcher.changed.set()
+        for watcher in self._watchers:
+            watcher.wake()

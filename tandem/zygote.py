@@ -12,6 +12,7 @@ import selectors
 import signal
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 from tandem.config import ReplicaConfig, replica_config_from_json
@@ -35,7 +36,7 @@ def main() -> None:
 
 def _import_all() -> None:
     """Everything a replica needs. Imported here and not above, so that a bad command line is told at once."""
-    import kv_transfer.connector
+    import kv_transfer.connector  # noqa: F401
     import tandem.engine.preload
     import tandem.replica  # noqa: F401
 
@@ -64,7 +65,7 @@ class Zygote:
                 if key.fileobj is self._listener:
                     self._fork_for(self._listener.accept()[0])
                 elif key.fileobj is sys.stdin:
-                    self._is_stopping = self._is_stopping or not os.read(sys.stdin.fileno(), 4096)
+                    self._is_stopping = self._is_stopping or not os.read(key.fd, 4096)
                 else:
                     os.read(self._wake_read, 4096)
             self._reap()
@@ -86,8 +87,8 @@ class Zygote:
         connection.settimeout(5.0)
         try:
             config = replica_config_from_json(_read_line(connection))
-        except (OSError, ValueError, TypeError) as error:
-            _send_line(connection, f"replica failed bad request to the zygote: {error}")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _send_line(connection, f"replica failed bad request to the zygote: {error!r}")
             connection.close()
             return
         if len(os.listdir("/proc/self/task")) != 1:
@@ -120,6 +121,8 @@ class Zygote:
             from tandem.replica import main_with_errors
 
             status = main_with_errors(config, connection.fileno())
+        except BaseException:  # the root of this process; os._exit would swallow it
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

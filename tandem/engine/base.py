@@ -3,7 +3,7 @@
 Engines run a request from its token ids; they know nothing of plans, roles or gRPC.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,7 +117,7 @@ class Engine(Protocol):
     def start(self) -> None:
         """Attaches to the running event loop."""
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Runs a request; closing the iterator aborts it. Raises EngineError, InvalidRequestError."""
 
     def output_text(self, token_ids: tuple[int, ...], sampling: Sampling) -> OutputText:

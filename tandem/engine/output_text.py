@@ -35,12 +35,13 @@ class VllmOutputText:
 
     def add(self, token_ids: tuple[int, ...], *, is_stop_token: bool) -> str | None:
         """Takes new tokens; returns the stop string they complete, else None."""
-        return self._detokenizer.update(list(token_ids), is_stop_token)
+        stop_string: str | None = self._detokenizer.update(list(token_ids), is_stop_token)
+        return stop_string
 
     def kept_tokens(self) -> int:
         """Output tokens up to the one that completed the stop string."""
-        return self._detokenizer.num_output_tokens()
+        return int(self._detokenizer.num_output_tokens())
 
     def take(self, *, is_finished: bool) -> str:
         """Text that was not taken yet."""
-        return self._detokenizer.get_next_output_text(is_finished, True)
+        return str(self._detokenizer.get_next_output_text(is_finished, True))

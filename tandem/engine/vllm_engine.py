@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class VllmEngine:
             )
         arguments = AsyncEngineArgs(
             model=str(folder),
-            dtype=_dtype(config),  # type: ignore[arg-type]
+            dtype=_dtype(config),
             block_size=config.block_size_tokens,
             max_model_len=config.context_tokens,
             kv_cache_memory_bytes=config.kv_cache_bytes,
@@ -128,7 +128,7 @@ class VllmEngine:
                 # Without it the replica would live on and fail each request (reference: platform, section 1).
                 loop.add_reader(os.pidfd_open(process.pid), os._exit, 70)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Runs a request; closing the iterator aborts it."""
         params = _to_sampling_params(request)
         if self._link is not None:

@@ -97,7 +97,7 @@ async def test_an_error_in_mid_stream_comes_after_the_text(environ: dict[str, st
     status, output, errors = await run(environ, "generate", "hi", "--model", "endless", "--timeout-s", "1")
     assert status == 2
     assert set(output) == {"x", "\n"}
-    assert errors == "tandem: error: Deadline Exceeded\n"
+    assert errors == "tandem: error: the deadline passed before the answer was complete\n"
 
 
 async def test_no_server_is_one_line(environ: dict[str, str]) -> None:

@@ -35,18 +35,9 @@ RECEIPT = Receipt(
     handed_off=True,
     predicted=(PredictedTerm(name="prefill_s", predicted=0.02),),
 )
-STATUS = ClusterStatus(
-    cluster="test",
-    router_id="r-0",
-    queued_requests=3,
-    running_requests=4,
-    replicas=(
-        ReplicaStatus(
-            lease=LEASE, load=WorkerLoad(running_requests=2, waiting_requests=1, kv_used_fraction=0.375), is_reachable=False, predicted_work_s=1.25
-        ),
-    ),
-    targets=(),
-)  # fmt: skip
+LOAD = WorkerLoad(running_requests=2, waiting_requests=1, kv_used_fraction=0.375)
+REPLICA = ReplicaStatus(lease=LEASE, load=LOAD, is_reachable=False, predicted_work_s=1.25)
+STATUS = ClusterStatus(cluster="test", router_id="r-0", queued_requests=3, running_requests=4, replicas=(REPLICA,), targets=())
 
 
 def run(*arguments: str) -> int:

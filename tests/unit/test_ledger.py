@@ -157,6 +157,15 @@ def test_booking_twice_is_a_bug(ledger: Ledger) -> None:
         _book(ledger)
 
 
+def test_a_key_may_be_booked_again_once_it_is_released(ledger: Ledger) -> None:
+    _book(ledger)
+    ledger.report(REPLICA, 1, 1, WITH_OURS, [ACCEPTED])
+    ledger.release(REPLICA, KEY, 1.0)
+    _book(ledger)
+    assert _view(ledger).running_requests == 5
+    assert ledger.settling() == 0
+
+
 def test_a_removed_replica_takes_its_bookings_along(ledger: Ledger) -> None:
     _book(ledger)
     ledger.remove_replica(REPLICA)

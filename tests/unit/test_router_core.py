@@ -10,7 +10,7 @@ from router.config import RouterConfig
 from router.core import RouterCore
 from router.instructions import Abandon, Dispatch, Instruction, Reject
 from router.ledger import Stamp, StampKind
-from tandem.domain import BlockHash, Receipt, ReplicaId, ReplicaState, RequestId, Role, Sampling, WorkerLoad
+from tandem.domain import BlockHash, ModelId, Receipt, ReplicaId, ReplicaState, RequestId, Role, Sampling, WorkerLoad
 from tandem.errors import DeadlineError, EngineError, InvalidRequestError, NotFoundError, OverloadedError, ProtocolError, Reason
 from tests.samples import make_lease, make_request
 
@@ -27,9 +27,16 @@ def _core(*, replicas: Sequence[str] = ("prefill-0", "decode-0"), config: Router
 
 
 def _submit(
-    core: RouterCore, request_id: str = "r1", now_s: float = 0.0, deadline_s: float | None = None, **changes: int
+    core: RouterCore,
+    request_id: str = "r1",
+    now_s: float = 0.0,
+    *,
+    deadline_s: float | None = None,
+    prompt_tokens: int = 100,
+    priority: int = 0,
 ) -> list[Instruction]:
-    instructions = core.submit(make_request(request_id, **changes), block_hashes=HASHES, deadline_s=deadline_s, now_s=now_s)
+    request = make_request(request_id, prompt_tokens, priority=priority)
+    instructions = core.submit(request, block_hashes=HASHES, deadline_s=deadline_s, now_s=now_s)
     core.check_invariants()
     return instructions
 
@@ -100,7 +107,8 @@ def test_a_short_prompt_is_booked_on_the_decode_worker_alone() -> None:
 
 def test_an_unknown_model_is_refused_with_the_names() -> None:
     core = _core()
-    request = replace(make_request(), model="x")  # type: ignore[arg-type]
+    assert core.fleet.models == ("m",)
+    request = replace(make_request(), model=ModelId("x"))
     reject = _reject(core.submit(request, block_hashes=(), deadline_s=None, now_s=0.0))
     assert isinstance(reject.error, NotFoundError)
     assert "m" in reject.error.message
@@ -302,9 +310,9 @@ def test_a_finished_request_teaches_the_predictor_unless_it_was_retried() -> Non
     _submit(core)
     core.failed(R1, 1, LOST, 0.1)
     core.finished(R1, 2, receipt, 0.2)
-    before = {term.name: term.predicted for term in _dispatch(_submit(core)).plan.predicted}
-    core.finished(R1, 1, receipt, 0.3)
-    after = {term.name: term.predicted for term in _dispatch(_submit(core)).plan.predicted}
+    before = {term.name: term.predicted for term in _dispatch(_submit(core, "r2")).plan.predicted}
+    core.finished(R2, 1, receipt, 0.3)
+    after = {term.name: term.predicted for term in _dispatch(_submit(core, "r3")).plan.predicted}
     assert before["prefill_s"] < 0.1
     assert after["prefill_s"] > 1.0
 
@@ -323,3 +331,32 @@ def test_the_same_events_give_the_same_instructions() -> None:
         return [instruction for number in range(6) for instruction in _submit(core, f"r{number}")]
 
     assert run() == run()
+
+
+def test_an_id_used_again_gets_new_attempt_numbers_and_its_whole_budget() -> None:
+    core = _core(replicas=("decode-0", "decode-1"))
+    _submit(core)
+    core.failed(R1, 1, LOST, 0.1)
+    core.cancelled(R1, 0.2)
+    again = _dispatch(_submit(core, now_s=0.3))
+    assert (again.attempt, again.plan.retry_budget) == (3, 2)
+    late = Stamp(request_id=R1, attempt=1, kind=StampKind.FINISHED)
+    core.report(ReplicaId("decode-0"), 1, 1, WorkerLoad(), [late])
+    assert sum(_work(core).values()) > 0.0
+    core.cancelled(R1, 1.0)
+    core.tick(5.9)
+    assert _dispatch(_submit(core, now_s=5.9)).attempt == 4
+    core.cancelled(R1, 6.0)
+    core.tick(11.0)
+    assert _dispatch(_submit(core, now_s=11.0)).attempt == 1
+
+
+def test_ended_requests_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.core._MAX_ENDED", 2)
+    core = _core()
+    for number in range(4):
+        _submit(core, f"r{number}")
+        core.cancelled(RequestId(f"r{number}"), 0.0)
+    core.check_invariants()
+    assert _dispatch(_submit(core, "r0")).attempt == 1
+    assert _dispatch(_submit(core, "r3")).attempt == 2
