@@ -81,7 +81,6 @@ class _Tracked:
     is_prompt_saved: bool = False
     saved_blocks: int = 0
     local_tokens: int = 0
-    matched_blocks: int = 0
     is_async: bool = False
     hashes: Sequence[BlockHash] = ()
 
@@ -113,12 +112,11 @@ class TransferPlanner:
         """
         tracked = self._requests[request_id]
         if not tracked.directive.load or tracked.has_failed:
-            tracked.matched_blocks = 0
             return 0, False
         first = local_tokens // self._block_size_tokens
         limit = min(len(hashes), (total_tokens - 1) // self._block_size_tokens)
         held = leading_count(self._store.contains(self._keys(hashes[first:limit])))
-        tracked.local_tokens, tracked.matched_blocks, tracked.hashes = local_tokens, held, hashes
+        tracked.local_tokens, tracked.hashes = local_tokens, hashes
         tracked.is_async = self._sync_blocks_this_step + held > self._sync_load_blocks
         return held * self._block_size_tokens, tracked.is_async and held > 0
 

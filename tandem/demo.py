@@ -90,10 +90,12 @@ class DirectCaller:
     async def complete(self, token_ids: Sequence[int], sampling: Sampling) -> tandem.Completion:
         """One request with any sampling."""
         chunks: list[Chunk] = []
+        final: Receipt | None = None
         async for chunk, receipt in self._stream(token_ids, sampling):
             if chunk is not None:
                 chunks.append(chunk)
-        return assemble(chunks, num_choices=sampling.n, receipt=receipt)
+            final = receipt
+        return assemble(chunks, num_choices=sampling.n, receipt=final)
 
     async def _stream(self, token_ids: Sequence[int], sampling: Sampling) -> AsyncIterator[tuple[Chunk | None, Receipt | None]]:
         """The chunks, each with no receipt, then the receipt."""
@@ -113,13 +115,11 @@ class DirectCaller:
 
     async def close(self) -> None:
         """Closes the channel."""
-        await self._channel.close()
+        await self._channel.close(None)
 
 
 def _planned(replica: ReplicaProcess) -> PlannedWorker:
-    return PlannedWorker(
-        replica_id=ReplicaId(replica.config.replica_id), incarnation=replica.config.incarnation, address=replica.address
-    )
+    return PlannedWorker(replica_id=ReplicaId(replica.config.replica_id), incarnation=replica.config.incarnation, address=replica.address)
 
 
 class Prompts:
@@ -141,9 +141,9 @@ class Prompts:
         return str(self._tokenizer.decode(list(token_ids)))
 
 
-async def main(json_path: Path) -> int:
-    """Runs the demonstration; returns the exit status."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+async def run_demo() -> dict[str, object]:
+    """Runs the demonstration; returns the report."""
+    console = make_console()
     prompts = Prompts()
     begun_s = time.monotonic()
 
@@ -180,9 +180,12 @@ async def main(json_path: Path) -> int:
     progress("one plain vLLM engine computes the same prompts")
     references = await reference_tokens(cases)
     report |= exactness(cases, ours, plains, references)
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps(report, indent=1) + "\n")
-    return verdict(console, report, json_path)
+    return report
+
+
+def make_console() -> Console:
+    """As wide as the terminal; where there is none, wide enough for the table."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 async def interleave(
@@ -327,8 +330,9 @@ async def reference_tokens(cases: Sequence[Sequence[int]]) -> list[list[int]]:
     return tokens
 
 
-def verdict(console: Console, report: dict[str, object], json_path: Path) -> int:
+def verdict(report: dict[str, object]) -> int:
     """Prints the report; 0 where every check holds."""
+    console = make_console()
     checks = {
         "every token equals plain vLLM's": report["token_exact"] == report["prompts"],
         "at least 15 requests were handed off": int(str(report["handed_off"])) >= 15,
@@ -341,11 +345,21 @@ def verdict(console: Console, report: dict[str, object], json_path: Path) -> int
         console.print(f"  {name:32} {shown}")
     for name, is_held in checks.items():
         console.print(f"  {'ok  ' if is_held else 'FAIL'}  {name}", style="green" if is_held else "bold red")
-    console.print(f"report: {json_path}")
     return 0 if all(checks.values()) else 1
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Runs, writes the report, judges it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tandem.demo")
     parser.add_argument("--json", type=Path, default=Path("build/demo.json"))
-    sys.exit(asyncio.run(main(parser.parse_args().json)))
+    path = parser.parse_args().json
+    report = asyncio.run(run_demo())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    status = verdict(report)
+    print(f"report: {path}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

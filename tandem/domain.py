@@ -116,7 +116,7 @@ class Sampling:
             raise InvalidRequestError("sampling.stop", f"each stop string must have 1 to {MAX_STOP_STRING_CHARS} characters")
         if any(not math.isfinite(bias) for bias in self.logit_bias.values()):
             raise InvalidRequestError("sampling.logit_bias", "every bias must be a finite number")
-        if self.structured_output is not None and not all(self.structured_output.value):
+        if self.structured_output is not None and not (self.structured_output.value and all(self.structured_output.value)):
             raise InvalidRequestError("sampling.structured_output", "must not be empty")
 
     def one_worker_reason(self) -> str | None:
@@ -149,6 +149,12 @@ class Slo:
     ttft_s: float | None = None
     tpot_s: float | None = None
 
+    def validate(self) -> None:
+        """Raises InvalidRequestError where an objective is not a time."""
+        for name, value in (("slo.ttft_s", self.ttft_s), ("slo.tpot_s", self.tpot_s)):
+            if value is not None and not (math.isfinite(value) and value > 0.0):
+                raise InvalidRequestError(name, f"must be a finite number of seconds above 0, got {value}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -174,6 +180,7 @@ class Request:
     def validate(self, engine: "EngineInfo") -> None:
         """Raises InvalidRequestError naming the field and the engine's limit."""
         self.sampling.validate()
+        self.slo.validate()
         if not self.prompt_token_ids:
             raise InvalidRequestError("prompt", "must not be empty")
         for name, ids in (("prompt.token_ids", self.prompt_token_ids), ("resume_token_ids", self.resume_token_ids)):
@@ -204,7 +211,7 @@ class Request:
 
 def check_token_ids(field_name: str, token_ids: Sequence[int], vocabulary_tokens: int) -> None:
     """Raises InvalidRequestError where an id is not in the vocabulary; O(n)."""
-    if token_ids and not (0 <= min(token_ids) and max(token_ids) < vocabulary_tokens):
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocabulary_tokens):
         bad = next(token for token in token_ids if not 0 <= token < vocabulary_tokens)
         raise InvalidRequestError(field_name, f"token id {bad} is not in the vocabulary of {vocabulary_tokens}")
 

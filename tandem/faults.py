@@ -1,10 +1,11 @@
 """Fault hooks: delay, drop or corrupt at named places. Off unless a process is started with `--faults`.
 
-A specification is a comma-separated list of `site.action=value`:
+A specification is a comma-separated list of `site.action=value`; counts are whole numbers:
 `kv_publish.delay_s=0.5` waits half a second at each pass, `kv_put.drop_every=10` hits every tenth pass.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 
 from tandem.errors import ConfigError
@@ -29,12 +30,15 @@ class Faults:
         rules: dict[str, float] = {}
         for part in filter(None, specification.split(",")):
             site, _, value = part.partition("=")
+            if site not in SITES:
+                raise ConfigError(f"--faults: no site {site!r}; valid are {', '.join(SITES)}")
+            is_count = site.endswith("_every")
             try:
-                rules[site] = float(value)
-            except ValueError as error:
-                raise ConfigError(f"--faults: {part!r} is not site.action=number") from error
-            if site not in SITES or not rules[site] > 0:
-                raise ConfigError(f"--faults: {part!r}; valid are {', '.join(SITES)} with a number above 0")
+                rules[site] = int(value) if is_count else float(value)
+            except ValueError:
+                rules[site] = math.nan
+            if not 0 < rules[site] < math.inf:
+                raise ConfigError(f"--faults: {part!r}; {site} takes {'a whole number' if is_count else 'a number'} above 0")
         return cls(rules)
 
     def delay_s(self, site: str) -> float:

@@ -10,8 +10,10 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from tandem.config import ReplicaConfig
 from tandem.engine.environment import set_engine_environment
@@ -87,11 +89,6 @@ class ReplicaProcess:
         self._lifeline.close()
 
 
-async def _attach(config: ReplicaConfig, lifeline: socket.socket) -> ReplicaProcess:
-    lifeline.setblocking(False)
-    return ReplicaProcess(config, *await asyncio.open_connection(sock=lifeline))
-
-
 async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
     """Starts a replica in a fresh interpreter (CUDA, or no zygote); it must import everything first."""
     ours, theirs = socket.socketpair()
@@ -111,13 +108,13 @@ async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
             env=environment,
             start_new_session=True,
         )
-    replica = await _attach(config, ours)
+    replica = ReplicaProcess(config, *await asyncio.open_connection(sock=ours))
     replica._watch(process.pid)
     return replica
 
 
 @contextlib.contextmanager
-def _log(path: str):  # type: ignore[no-untyped-def]
+def _log(path: str) -> Iterator[BinaryIO | None]:
     if not path:
         yield None
         return
@@ -151,20 +148,23 @@ class ZygoteProcess:
                 start_new_session=True,
             )
         assert self._process.stdout is not None
-        async with asyncio.timeout(_ZYGOTE_START_S):
-            while line := await self._process.stdout.readline():
-                if line.strip() == b"zygote ready":
-                    return
+        try:
+            async with asyncio.timeout(_ZYGOTE_START_S):
+                while line := await self._process.stdout.readline():
+                    if line.strip() == b"zygote ready":
+                        return
+        except TimeoutError as error:
+            raise ConfigError(f"the zygote did not start in {_ZYGOTE_START_S:.0f} s", reason=Reason.START_FAILED) from error
         raise ConfigError(f"the zygote ended while starting: {_tail(self._log_path)}", reason=Reason.START_FAILED)
 
     async def fork_replica(self, config: ReplicaConfig) -> ReplicaProcess:
-        """Has it fork a replica; `wait_ready` tells when it serves."""
-        lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        lifeline.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(lifeline, str(self._socket_path))
-        await loop.sock_sendall(lifeline, f"{config.to_json()}\n".encode())
-        return await _attach(config, lifeline)
+        """Has it fork a replica; `wait_ready` tells when it serves. Raises ConfigError where the zygote is gone."""
+        try:
+            reader, lifeline = await asyncio.open_unix_connection(self._socket_path)
+        except OSError as error:
+            raise ConfigError(f"no zygote answers at {self._socket_path} ({error.strerror})", reason=Reason.START_FAILED) from error
+        lifeline.write(f"{config.to_json()}\n".encode())
+        return ReplicaProcess(config, reader, lifeline)
 
     @property
     def pid(self) -> int:
@@ -189,28 +189,36 @@ async def stop_process(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-async def start_router(arguments: Sequence[str]) -> tuple[asyncio.subprocess.Process, str]:
-    """Starts a router; returns it and its address once it listens. Raises ConfigError with its words where it does not."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "router",
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=die_with_parent,
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    line = (await process.stdout.readline()).decode()
-    if "router ready" not in line:
-        words = (await process.stderr.read()).decode().strip().splitlines()
-        await process.wait()
-        message = words[-1].removeprefix("tandem: error: ") if words else "the router ended while starting"
-        raise ConfigError(message, reason=Reason.START_FAILED)
-    return process, dict(part.split("=") for part in line.split() if "=" in part)["address"]
+async def start_router(arguments: Sequence[str], log_path: Path | None = None) -> tuple[asyncio.subprocess.Process, str]:
+    """Starts a router; returns it and its address once it listens. Raises ConfigError with its words where it does not.
+
+    Its log goes to a file: a pipe that nobody reads would fill, and stop the router for ever.
+    """
+    with tempfile.TemporaryFile() if log_path is None else log_path.open("w+b") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "router",
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        assert process.stdout is not None
+        try:
+            line = (await process.stdout.readline()).decode()
+            if "router ready" in line:
+                return process, dict(part.split("=") for part in line.split() if "=" in part)["address"]
+            await process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        log.seek(0)
+        words = log.read().decode(errors="replace").strip().splitlines()
+    message = words[-1].removeprefix("tandem: error: ") if words else "the router ended while starting"
+    raise ConfigError(message, reason=Reason.START_FAILED)
 
 
 def has_cuda() -> bool:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import grpc.aio
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY, start_http_server
 
 from decode_workers.service import DecodeService
 from kv_transfer.blocks import make_namespace
@@ -23,10 +23,12 @@ from tandem.config import ReplicaConfig
 from tandem.convert import lease_to_pb, load_to_pb
 from tandem.domain import Lease, ModelId, Namespace, ReplicaId, Role, WorkerLoad
 from tandem.engine.base import Engine
+from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import resolve_model
-from tandem.errors import ConfigError, Reason
+from tandem.errors import ConfigError
 from tandem.faults import Faults
 from tandem.rpc import ServerCall, open_channel, service, start_server
+from tandem.telemetry import WorkerCollector
 from tandem.v1 import worker_pb2
 from tandem.worker_state import Stamp, StampKind, WorkerState
 
@@ -60,7 +62,7 @@ class WorkerService:
                     incarnation=self._state.lease.incarnation,
                     sequence=sequence,
                     lease=lease_to_pb(self._state.lease) if lease is not self._state.lease else None,
-                    load=load_to_pb(self._load()),
+                    load=load_to_pb(self.load()),
                     stamps=[
                         worker_pb2.RequestStamp(request_id=stamp.request_id, attempt=stamp.attempt, kind=_STAMP_KINDS[stamp.kind])
                         for stamp in stamps
@@ -71,7 +73,8 @@ class WorkerService:
                 sequence += 1
                 stamps = await watcher.changed(self._watch_interval_s)
 
-    def _load(self) -> WorkerLoad:
+    def load(self) -> WorkerLoad:
+        """What routers are told."""
         engine, totals = self._engine.load(), self._engine.kv_totals()
         return WorkerLoad(
             running_requests=self._state.running_requests,
@@ -116,7 +119,6 @@ def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
     Writes one line to stdout (or `lifeline_fd`) once it serves: `replica ready id=... address=...`. The end of the lifeline is the
     supervisor's death and stops the replica too. Raises ConfigError.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     faults = Faults.parse(config.engine.faults)
     engine, namespace = _build_engine(config)
     try:
@@ -126,12 +128,9 @@ def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
 
 
 def _build_engine(config: ReplicaConfig) -> tuple[Engine, Namespace]:
-    try:
-        from tandem.engine.vllm_engine import VllmEngine, namespace_parts
-    except ImportError as error:
-        raise ConfigError(
-            f"vLLM is not installed ({error.name}): pip install --no-deps -r requirements/cpu.txt", reason=Reason.MISSING_PACKAGE
-        ) from error
+    require_vllm()
+    from tandem.engine.vllm_engine import VllmEngine, namespace_parts
+
     namespace = make_namespace(namespace_parts(config.engine))
     link = None
     if config.engine.is_kv_transfer_on:
@@ -169,6 +168,7 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
         watch_interval_s=config.watch_interval_s,
     )
     server = await start_server(config.host, config.port, {"tandem.v1.Worker": service(worker_pb2, "Worker", worker)})
+    REGISTRY.register(WorkerCollector(worker.load, engine.kv_totals))
     metrics_server, _ = start_http_server(config.metrics_port, addr=config.host)
     state.set_addresses(server.address, f"{config.host}:{metrics_server.server_port}")
     _report(f"replica ready id={config.replica_id} role={config.role} address={server.address}", lifeline_fd)

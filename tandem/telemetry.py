@@ -3,7 +3,15 @@
 Declares only; each `main` makes the registry and serves it.
 """
 
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tandem.domain import WorkerLoad
+from tandem.engine.base import KvTotals
 
 # One step per factor of about two: from a relayed message to the longest sensible request.
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
@@ -36,3 +44,35 @@ class RouterMetrics:
         self.queued_requests = gauge("queued_requests", "Requests that wait in the router")
         self.running_requests = gauge("running_requests", "Requests that are dispatched")
         self.replicas = gauge("replicas", "Reachable replicas", "role")
+
+
+_KV_COUNTERS = {
+    "published_blocks": "Blocks this replica put into the store",
+    "published_bytes": "Bytes of those blocks",
+    "loaded_blocks": "Blocks this replica took from the store",
+    "loaded_bytes": "Bytes of those blocks",
+    "corrupt_blocks": "Blocks that failed their check, were taken out of sight and computed again",
+    "missing_blocks": "Blocks that were gone between lookup and load, and computed",
+    "unstored_blocks": "Blocks that found no room in staging or store",
+    "evicted_blocks": "Blocks this replica evicted, least recently used first",
+}
+
+
+class WorkerCollector(Collector):
+    """A replica's own metrics, read when they are scraped. vLLM's stand beside them unchanged."""
+
+    def __init__(self, load: Callable[[], WorkerLoad], kv_totals: Callable[[], KvTotals]) -> None:
+        self._load = load
+        self._kv_totals = kv_totals
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, now."""
+        load = self._load()
+        yield GaugeMetricFamily("tandem_worker_running_requests", "Accepted attempts that have not ended", load.running_requests)
+        yield GaugeMetricFamily(
+            "tandem_worker_pending_prefill_tokens", "Accepted prompt tokens before their first token", load.pending_prefill_tokens
+        )
+        yield GaugeMetricFamily("tandem_worker_kv_tokens", "Tokens whose KV running attempts hold", load.kv_tokens)
+        yield CounterMetricFamily("tandem_worker_generated_tokens", "Tokens that left this replica", load.generated_tokens_total)
+        for name, value in asdict(self._kv_totals()).items():
+            yield CounterMetricFamily(f"tandem_kv_{name}", _KV_COUNTERS[name], value)

@@ -8,7 +8,6 @@ import contextlib
 import os
 import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from kv_transfer.shm_room import check_room
 from tandem.config import MIB, EngineConfig, ReplicaConfig
 from tandem.domain import Role
 from tandem.endpoint import endpoint_folder, remove_endpoint_file, write_endpoint_file
+from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import BUNDLED_MODEL, resolve_model, served_name
 from tandem.errors import ConfigError
 from tandem.launch import ReplicaProcess, ZygoteProcess, has_cuda, remove_folder, spawn_replica, start_router, stop_process
@@ -78,6 +78,7 @@ class Platform:
 
     async def start(self) -> None:
         """Starts everything at once and waits until all of it serves. Raises ConfigError."""
+        require_vllm()
         model = resolve_model(self.options.model)
         check_room(self.store_dir)
         self.runtime_dir.mkdir(mode=0o700, parents=True)

@@ -7,6 +7,7 @@ lifeline: closing it stops the replica. Lines come back: `pid N`, `replica ready
 """
 
 import argparse
+import contextlib
 import os
 import selectors
 import signal
@@ -124,8 +125,9 @@ class Zygote:
         except BaseException:  # the root of this process; os._exit would swallow it
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # nobody may read them any more
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(status)
 
 

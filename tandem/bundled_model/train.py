@@ -15,6 +15,7 @@ import json
 import random
 import re
 import time
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -105,9 +106,9 @@ def main() -> None:
 
     def epoch() -> torch.Tensor:
         """One shuffled pass over all documents and all chat turns, as one row of token ids."""
-        parts = documents_ids + [sum(rng.sample(chats_ids, len(chats_ids)), [])]
+        parts = [*documents_ids, list(chain.from_iterable(rng.sample(chats_ids, len(chats_ids))))]
         rng.shuffle(parts)
-        return torch.tensor(sum(parts, []), dtype=torch.long)
+        return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.long)
 
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -1,7 +1,10 @@
 """The environment that an engine's process needs before torch and vLLM are imported."""
 
+import importlib.util
 import os
 from collections.abc import MutableMapping
+
+from tandem.errors import ConfigError, Reason
 
 _DEFAULTS = {
     # One thread per engine: two, and anything else on the cores, give 184 ms between tokens (reference: vllm, section 8).
@@ -19,3 +22,13 @@ def set_engine_environment(environment: MutableMapping[str, str] = os.environ) -
     for name, value in _DEFAULTS.items():
         environment.setdefault(name, value)
     environment.pop("PYTHONHASHSEED", None)
+
+
+def require_vllm() -> None:
+    """Raises ConfigError saying what to install where vLLM is not there. Imports nothing."""
+    try:
+        is_there = importlib.util.find_spec("vllm") is not None
+    except ModuleNotFoundError:
+        is_there = False
+    if not is_there:
+        raise ConfigError("vLLM is not installed: pip install --no-deps -r requirements/cpu.txt (or cuda.txt)", reason=Reason.MISSING_PACKAGE)

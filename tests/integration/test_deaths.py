@@ -59,13 +59,15 @@ async def test_a_decode_worker_killed_mid_stream_costs_a_pause_and_no_token(plat
     replica = platform.replicas["decode-0"]
     core = psutil.Process(replica.pid).children()[0].pid
     received: list[int] = []
-    async with tandem.AsyncClient(platform.router_address, timeout_s=60.0) as client:
-        async with client.stream(token_ids, max_tokens=200, temperature=0.0) as stream:
-            async for chunk in stream:
-                received += chunk.token_ids
-                if len(received) == 40:
-                    os.kill(replica.pid if victim == "front" else core, signal.SIGKILL)
-            receipt = stream.receipt
+    async with (
+        tandem.AsyncClient(platform.router_address, timeout_s=60.0) as client,
+        client.stream(token_ids, max_tokens=200, temperature=0.0) as stream,
+    ):
+        async for chunk in stream:
+            received += chunk.token_ids
+            if len(received) == 40:
+                os.kill(replica.pid if victim == "front" else core, signal.SIGKILL)
+        receipt = stream.receipt
     assert received == expected.token_ids
     assert receipt is not None
     assert receipt.attempts == 2

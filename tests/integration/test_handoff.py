@@ -122,13 +122,18 @@ async def test_a_byte_flipped_in_every_tenth_block_is_recomputed_and_counted(clu
 
 async def published_files(store_dir: Path, token_ids: list[int]) -> list[Path]:
     """The prompt's block files, in order, once they are all there."""
-    namespace = next(path for path in store_dir.iterdir() if path.is_dir())
+    namespace = namespace_folder(store_dir)
     files = [namespace / block_hash.hex() for block_hash in block_hashes(token_ids, 32)]
     for _ in range(100):
         if all(path.exists() for path in files):
             return files
         await asyncio.sleep(0.02)
     raise AssertionError("the prompt's blocks were not published")
+
+
+def namespace_folder(store_dir: Path) -> Path:
+    """The one namespace of a store that serves one model."""
+    return next(path for path in store_dir.iterdir() if path.is_dir())
 
 
 def damage(path: Path, rng: random.Random) -> None:
@@ -150,7 +155,7 @@ async def corrupt_blocks(cluster: Cluster, address: str) -> int:
             assert payload is not None
             return parse(worker_pb2.WatchResponse, payload).load.corrupt_blocks_total
     finally:
-        await channel.close()
+        await channel.close(None)
 
 
 async def test_a_missing_block_is_recomputed(cluster: Cluster) -> None:

@@ -31,7 +31,7 @@ class RouterEvents(RuleBasedStateMachine):
         self.now_s = 0.0
         self.open: set[RequestId] = set()  # submitted, and neither ended by us nor rejected
         self.running: dict[RequestId, int] = {}  # the attempt whose end we owe
-        self.seen: set[tuple[RequestId, int]] = set()
+        self.used_s: dict[tuple[RequestId, int], float] = {}  # attempts that ended, and when
         self.up: dict[str, int] = {}
         self.incarnation = 0
         self.sequence = 0
@@ -43,17 +43,17 @@ class RouterEvents(RuleBasedStateMachine):
                 case Dispatch():
                     assert request_id in self.open, "a request that has ended was dispatched"
                     assert request_id not in self.running, "a request was dispatched twice"
-                    assert (request_id, instruction.attempt) not in self.seen, "an attempt number was used twice"
+                    last_s = self.used_s.get((request_id, instruction.attempt), -CONFIG.stamp_settle_s)
+                    assert self.now_s - last_s >= CONFIG.stamp_settle_s, "an attempt number was used twice within the settle time"
                     assert {worker.replica_id for worker in (*instruction.plan.prefill, instruction.plan.decode)} <= set(self.up)
-                    self.seen.add((request_id, instruction.attempt))
                     self.running[request_id] = instruction.attempt
                 case Reject():
                     assert request_id in self.open, "a request ended twice"
                     self.open.remove(request_id)
-                    self.running.pop(request_id, None)
+                    self._stop(request_id)
                 case Abandon():
                     assert self.running[request_id] == instruction.attempt
-                    self.running.pop(request_id)
+                    self._stop(request_id)
                     self._obey(self.core.failed(request_id, instruction.attempt, instruction.error, self.now_s))
 
     @rule(
@@ -83,7 +83,7 @@ class RouterEvents(RuleBasedStateMachine):
 
     @rule(request_id=requests)
     def finish(self, request_id: RequestId) -> None:
-        attempt = self.running.pop(request_id, None)
+        attempt = self._stop(request_id)
         if attempt is not None:
             self.open.remove(request_id)
             receipt = Receipt(request_id=request_id, prefill_s=0.1, ttft_s=0.2, e2e_s=1.0, output_tokens=5)
@@ -95,14 +95,12 @@ class RouterEvents(RuleBasedStateMachine):
         if attempt is None or attempts_ago:
             assert self.core.failed(request_id, 0 if attempt is None else attempt - 1, failure, self.now_s) == []
             return
-        del self.running[request_id]
+        self._stop(request_id)
         self._obey(self.core.failed(request_id, attempt, failure, self.now_s))
 
     @rule(request_id=consumes(requests))
     def cancel(self, request_id: RequestId) -> None:
-        self.open.discard(request_id)
-        self.running.pop(request_id, None)
-        self._obey(self.core.cancelled(request_id, self.now_s))
+        self._end(request_id)
 
     @rule(replica=st.sampled_from(REPLICAS), state=st.sampled_from((ReplicaState.READY, ReplicaState.READY, ReplicaState.DRAINING)))
     def replica_seen(self, replica: tuple[str, Role], state: ReplicaState) -> None:
@@ -152,7 +150,7 @@ class RouterEvents(RuleBasedStateMachine):
             return
         for request_id in sorted(self.open):
             self._end(request_id)
-        self.core.tick(self.now_s + CONFIG.stamp_settle_s)
+        self.core.tick(self.now_s + 2 * CONFIG.stamp_settle_s)
         self.core.check_invariants()
         assert (self.core.queued_requests, self.core.running_requests) == (0, 0)
         assert self.core._ledger.settling() == 0
@@ -163,13 +161,20 @@ class RouterEvents(RuleBasedStateMachine):
             load, view = self.core._ledger.reported(lease.replica_id), self.core._ledger.view(lease.replica_id)
             assert (view.running_requests, view.kv_tokens) == (load.running_requests, load.kv_tokens)
 
+    def _stop(self, request_id: RequestId) -> int | None:
+        """The running attempt ends, whatever way."""
+        attempt = self.running.pop(request_id, None)
+        if attempt is not None:
+            self.used_s[request_id, attempt] = self.now_s
+        return attempt
+
     def _end(self, request_id: RequestId) -> None:
         self.open.discard(request_id)
-        self.running.pop(request_id, None)
+        self._stop(request_id)
         self._obey(self.core.cancelled(request_id, self.now_s))
 
 
 RouterEvents.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 TestRouterEvents = RouterEvents.TestCase

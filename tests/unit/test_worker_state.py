@@ -1,0 +1,156 @@
+"""What a replica has accepted, and who is told of it."""
+
+import asyncio
+
+import pytest
+
+from tandem.domain import ReplicaState
+from tandem.errors import Reason, UnavailableError
+from tandem.worker_state import Stamp, StampKind, WorkerState
+from tests.samples import make_lease
+
+MINUTE_S = 60.0
+
+
+def make_state() -> WorkerState:
+    return WorkerState(make_lease(incarnation=7))
+
+
+def stamp(kind: StampKind, request_id: str = "r", attempt: int = 1) -> Stamp:
+    return Stamp(request_id=request_id, attempt=attempt, kind=kind)
+
+
+def test_an_attempt_counts_for_as_long_as_it_runs() -> None:
+    state = make_state()
+    with state.accept("router", "r", 1, prefill_tokens=10, kv_tokens=12):
+        with state.accept("router", "s", 1, prefill_tokens=0, kv_tokens=5):
+            assert (state.running_requests, state.pending_prefill_tokens, state.kv_tokens) == (2, 10, 17)
+        assert (state.running_requests, state.pending_prefill_tokens, state.kv_tokens) == (1, 10, 12)
+    assert (state.running_requests, state.pending_prefill_tokens, state.kv_tokens) == (0, 0, 0)
+
+
+def test_an_attempt_that_fails_is_freed_too() -> None:
+    state = make_state()
+    with pytest.raises(ZeroDivisionError), state.accept("router", "r", 1, prefill_tokens=10, kv_tokens=12):
+        raise ZeroDivisionError
+    assert state.running_requests == 0
+
+
+def test_the_same_attempt_twice_is_counted_twice() -> None:
+    state = make_state()
+    with state.accept("a", "r", 1, prefill_tokens=1, kv_tokens=1), state.accept("b", "r", 1, prefill_tokens=1, kv_tokens=1):
+        assert state.running_requests == 2
+    assert state.running_requests == 0
+
+
+def test_a_prompt_is_pending_until_its_first_token_has_left() -> None:
+    state = make_state()
+    with state.accept("router", "r", 1, prefill_tokens=10, kv_tokens=12) as run:
+        state.prefilled(run)
+        assert (state.pending_prefill_tokens, state.kv_tokens) == (0, 12)
+
+
+def test_a_prompt_that_is_computed_here_after_all_is_pending() -> None:
+    state = make_state()
+    with state.accept("router", "r", 1, prefill_tokens=0, kv_tokens=12) as run:
+        state.must_prefill(run, 12)
+        assert state.pending_prefill_tokens == 12
+
+
+def test_output_tokens_hold_kv_while_the_attempt_runs_and_stay_in_the_total() -> None:
+    state = make_state()
+    with state.accept("router", "r", 1, prefill_tokens=10, kv_tokens=12) as run:
+        state.generated(run, 1)
+        state.generated(run, 4)
+        assert state.kv_tokens == 17
+    assert state.kv_tokens == 0
+    assert state.generated_tokens_total == 5
+
+
+@pytest.mark.parametrize("incarnation", [0, 7])
+def test_work_for_this_incarnation_or_any_is_taken(incarnation: int) -> None:
+    make_state().check(incarnation)
+
+
+def test_work_for_another_incarnation_is_refused() -> None:
+    with pytest.raises(UnavailableError, match=r"decode-0 is incarnation 7, not 6") as caught:
+        make_state().check(6)
+    assert caught.value.reason is Reason.STALE_INCARNATION
+
+
+def test_a_draining_replica_takes_no_work() -> None:
+    state = make_state()
+    state.drain()
+    assert state.lease.state is ReplicaState.DRAINING
+    with pytest.raises(UnavailableError) as caught:
+        state.check(7)
+    assert (caught.value.reason, caught.value.retryable) == (Reason.DRAINING, True)
+
+
+def test_addresses_become_part_of_the_lease() -> None:
+    state = make_state()
+    state.set_addresses("host:1", "host:2")
+    assert (state.lease.address, state.lease.metrics_address) == ("host:1", "host:2")
+
+
+class TestWatching:
+    async def test_a_router_gets_the_stamps_of_its_own_requests_once(self) -> None:
+        state = make_state()
+        with state.watch("mine") as watcher:
+            with state.accept("mine", "r", 1, prefill_tokens=1, kv_tokens=1), state.accept("other", "s", 1, prefill_tokens=1, kv_tokens=1):
+                assert await watcher.changed(MINUTE_S) == [stamp(StampKind.ACCEPTED)]
+            assert await watcher.changed(MINUTE_S) == [stamp(StampKind.FINISHED)]
+            assert await watcher.changed(0.0) == []
+
+    @pytest.mark.parametrize("change", ["accept", "prefilled", "must_prefill", "drain", "set_addresses"])
+    async def test_every_change_ends_the_wait(self, change: str) -> None:
+        state = make_state()
+        with state.watch("router") as watcher, state.accept("router", "r", 1, prefill_tokens=1, kv_tokens=1) as run:
+            await watcher.changed(MINUTE_S)
+            waiting = asyncio.create_task(watcher.changed(MINUTE_S))
+            await asyncio.sleep(0)
+            match change:
+                case "accept":
+                    with state.accept("other", "s", 1, prefill_tokens=1, kv_tokens=1):
+                        await waiting
+                case "prefilled":
+                    state.prefilled(run)
+                case "must_prefill":
+                    state.must_prefill(run, 5)
+                case "drain":
+                    state.drain()
+                case "set_addresses":
+                    state.set_addresses("host:1", "host:2")
+            assert await waiting == []
+
+    async def test_a_wait_without_a_change_ends_at_its_time(self) -> None:
+        with make_state().watch("router") as watcher:
+            assert await watcher.changed(0.0) == []
+
+    async def test_a_router_that_comes_back_early_is_not_cut_off_by_the_end_of_its_old_stream(self) -> None:
+        state = make_state()
+        old = state.watch("router")
+        old.__enter__()
+        with state.watch("router") as watcher:
+            old.__exit__(None, None, None)
+            with state.accept("router", "r", 1, prefill_tokens=1, kv_tokens=1):
+                assert await watcher.changed(MINUTE_S) == [stamp(StampKind.ACCEPTED)]
+
+    async def test_stamps_of_a_router_that_does_not_read_are_bounded(self) -> None:
+        state = make_state()
+        with state.watch("router") as watcher:
+            for attempt in range(6_000):
+                with state.accept("router", "r", attempt, prefill_tokens=1, kv_tokens=1):
+                    pass
+            stamps = await watcher.changed(MINUTE_S)
+        assert len(stamps) == 10_000
+        assert stamps[-1] == stamp(StampKind.FINISHED, attempt=5_999)
+
+    async def test_nothing_is_kept_for_a_router_that_has_left(self) -> None:
+        state = make_state()
+        with state.watch("router"):
+            pass
+        with state.accept("router", "r", 1, prefill_tokens=1, kv_tokens=1):
+            pass
+        with state.watch("router") as watcher:
+            assert await watcher.changed(0.0) == []
