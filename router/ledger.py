@@ -178,7 +178,7 @@ class Ledger:
         load = account.load
         return ReplicaLoad(
             pending_prefill_tokens=max(0, load.pending_prefill_tokens + account.prefill_tokens),
-            running_requests=max(0, load.running_requests + load.waiting_requests + account.requests),
+            running_requests=max(0, load.running_requests + account.requests),
             kv_tokens=max(0, load.kv_tokens + account.kv_tokens),
         )
 

@@ -101,7 +101,7 @@ class Tokenizers:
 def _find(model_path: str, name: str) -> Path | None:
     """The file of a local model folder or of the hub; None where it has no such file. Raises ConfigError."""
     folder = Path(model_path)
-    if folder.is_dir():
+    if model_path and folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     if not model_path or folder.is_absolute():
         raise ConfigError(f"model folder {model_path!r} is not on the router's machine: send token ids instead", reason=Reason.BAD_MODEL)

@@ -1,8 +1,10 @@
 """A block store in one dictionary: the model that real stores are compared with, and what pure code is tested against."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from kv_transfer.blocks import BlockKey, block_hashes, make_namespace
+from kv_transfer.codec import HEADER_BYTES, is_intact, pack_header
 from kv_transfer.store import BlockOutcome, PutOutcome, StoreStats
 from tandem.domain import BlockHash
 
@@ -25,62 +27,78 @@ class DictReservation:
     def __init__(self, store: "DictStore", reserved: BlockKey) -> None:
         self._store = store
         self._key = reserved
-        self._payload = b""
+        self._stored = b""
 
     def write(self, payload: memoryview) -> None:
-        self._payload = bytes(payload)
+        self._stored = pack_header(self._key, payload) + payload
 
     def commit(self) -> None:
-        self._store.blocks[self._key] = self._payload
+        self._store.blocks[self._key] = self._stored
+        self._store.use(self._key)
 
     def abort(self) -> None:
-        self._payload = b""
+        self._stored = b""
 
 
 class DictStore:
-    """`BlockStore` in memory. `blocks` is open to tests; a get of the wrong length is a corrupt block."""
+    """`BlockStore` in memory. `blocks` (header and payload) and `used_s` (time of last use) are open to tests."""
 
-    def __init__(self, held: Iterable[BlockKey] = (), *, capacity_blocks: int = 1_000_000) -> None:
+    def __init__(self, held: Iterable[BlockKey] = (), *, capacity_bytes: int = 1 << 40, max_bytes: int = 1 << 40) -> None:
         self.blocks: dict[BlockKey, bytes] = dict.fromkeys(held, b"")
-        self.capacity_blocks = capacity_blocks
+        self.used_s: dict[BlockKey, float] = dict.fromkeys(held, 0.0)
+        self._capacity_bytes = capacity_bytes
+        self._max_bytes = max_bytes
+        self._clock = itertools.count(1)
+
+    def use(self, used: BlockKey) -> None:
+        """The block was used now."""
+        self.used_s[used] = next(self._clock)
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         return [wanted in self.blocks for wanted in keys]
 
     def try_reserve(self, wanted: BlockKey, payload_bytes: int) -> DictReservation | None:
-        return DictReservation(self, wanted) if len(self.blocks) < self.capacity_blocks else None
+        has_room = self.stats().used_bytes + HEADER_BYTES + payload_bytes <= self._max_bytes
+        return DictReservation(self, wanted) if has_room else None
 
     def put(self, keys: Sequence[BlockKey], payloads: Sequence[memoryview]) -> list[PutOutcome]:
-        outcomes = []
-        for wanted, payload in zip(keys, payloads, strict=True):
-            reservation = None if wanted in self.blocks else self.try_reserve(wanted, len(payload))
-            if reservation is not None:
-                reservation.write(payload)
-                reservation.commit()
-                outcomes.append(PutOutcome.STORED)
-            else:
-                outcomes.append(PutOutcome.EXISTS if wanted in self.blocks else PutOutcome.NO_ROOM)
-        return outcomes
+        return [self._put(wanted, payload) for wanted, payload in zip(keys, payloads, strict=True)]
+
+    def _put(self, wanted: BlockKey, payload: memoryview) -> PutOutcome:
+        if wanted in self.blocks:
+            return PutOutcome.EXISTS
+        reservation = self.try_reserve(wanted, len(payload))
+        if reservation is None:
+            return PutOutcome.NO_ROOM
+        reservation.write(payload)
+        reservation.commit()
+        return PutOutcome.STORED
 
     def get_into(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> list[BlockOutcome]:
         return [self._get(wanted, buffer) for wanted, buffer in zip(keys, buffers, strict=True)]
 
     def _get(self, wanted: BlockKey, buffer: memoryview) -> BlockOutcome:
-        payload = self.blocks.get(wanted)
-        if payload is None:
+        stored = self.blocks.get(wanted)
+        if stored is None:
             return BlockOutcome.MISSING
-        if len(payload) != len(buffer):
+        header, payload = stored[:HEADER_BYTES], stored[HEADER_BYTES:]
+        if len(payload) != len(buffer) or not is_intact(wanted, header, payload):
             self.quarantine(wanted)
             return BlockOutcome.CORRUPT
         buffer[:] = payload
+        self.use(wanted)
         return BlockOutcome.HIT
 
     def quarantine(self, bad: BlockKey) -> None:
         self.blocks.pop(bad, None)
 
     def evict(self) -> int:
-        return 0
+        before = len(self.blocks)
+        if self.stats().used_bytes > self._capacity_bytes:
+            while self.stats().used_bytes > 0.9 * self._capacity_bytes:
+                del self.blocks[min(self.blocks, key=self.used_s.__getitem__)]
+        return before - len(self.blocks)
 
     def stats(self) -> StoreStats:
         used_bytes = sum(map(len, self.blocks.values()))
-        return StoreStats(used_bytes=used_bytes, capacity_bytes=self.capacity_blocks, blocks=len(self.blocks))
+        return StoreStats(used_bytes=used_bytes, capacity_bytes=self._capacity_bytes, blocks=len(self.blocks))

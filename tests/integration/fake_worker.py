@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tandem import convert, rpc
 from tandem.domain import Chunk, FinishReason, Lease, Receipt, Request, Role, Usage
-from tandem.errors import EngineError, NotBuiltError, TandemError, UnavailableError
+from tandem.errors import EngineError, NotBuiltError, TandemError
 from tandem.v1 import worker_pb2
 from tandem.worker_state import StampKind, WorkerState
 from tests.samples import make_lease
@@ -64,7 +64,8 @@ class FakeWorker:
                 raise
             self.state.prefilled(run)
             if not self.faults.has_no_receipt:
-                receipt = Receipt(request_id=request.request_id, prefill_s=0.001, prompt_tokens=tokens, decode_replica_id=self.state.lease.replica_id)
+                name = self.state.lease.replica_id
+                receipt = Receipt(request_id=request.request_id, prefill_s=0.001, prompt_tokens=tokens, decode_replica_id=name)
                 call.set_receipt(convert.receipt_to_pb(receipt))
 
     async def _stream(self, request: Request, call: rpc.ServerCall) -> None:
@@ -94,7 +95,7 @@ class FakeWorker:
             position += count
             await asyncio.sleep(self.token_delay_s)
         if faults.is_end_lost:
-            raise UnavailableError("lost", reason=EngineError("").reason)
+            raise EngineError("the engine died after its last token")
 
     async def prefill(self, message: worker_pb2.PrefillRequest, call: rpc.ServerCall) -> None:
         raise NotBuiltError("Worker.Prefill")
@@ -104,11 +105,10 @@ class FakeWorker:
         return worker_pb2.DrainResponse()
 
     async def watch(self, request: worker_pb2.WatchRequest, call: rpc.ServerCall) -> None:
-        self.state.watch(request.router_id)
         sequence, lease = 0, None
-        try:
+        with self.state.watch(request.router_id) as watcher:
             while True:
-                stamps = await self.state.changed(request.router_id, WATCH_INTERVAL_S)
+                stamps = await watcher.changed(WATCH_INTERVAL_S)
                 if self.faults.is_watch_silent:
                     await asyncio.sleep(3600)
                 message = worker_pb2.WatchResponse(
@@ -128,14 +128,10 @@ class FakeWorker:
                 lease = self.state.lease
                 sequence += 1
                 await call.write(message)
-        finally:
-            self.state.unwatch(request.router_id)
 
     async def start(self, port: int = 0) -> None:
         """Listens; its lease says where."""
-        from tandem.v1 import worker_pb2 as proto
-
-        self.server = await rpc.start_server("127.0.0.1", port, {"tandem.v1.Worker": rpc.service(proto, "Worker", self)})
+        self.server = await rpc.start_server("127.0.0.1", port, {"tandem.v1.Worker": rpc.service(worker_pb2, "Worker", self)})
         self.state.lease = replace(self.state.lease, address=self.server.address)
 
     async def stop(self) -> None:

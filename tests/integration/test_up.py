@@ -65,7 +65,9 @@ def shm_folders() -> set[Path]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_up_serves_and_leaves_nothing(up: Callable[..., subprocess.Popen[str]], environment: dict[str, str], tmp_path: Path, number: int) -> None:
+def test_up_serves_and_leaves_nothing(
+    up: Callable[..., subprocess.Popen[str]], environment: dict[str, str], tmp_path: Path, number: int
+) -> None:
     before = shm_folders()
     process = up()
     assert len(shm_folders() - before) == 1

@@ -11,9 +11,9 @@ ACCEPTED = Stamp(request_id=RequestId("r1"), attempt=1, kind=StampKind.ACCEPTED)
 FINISHED = Stamp(request_id=RequestId("r1"), attempt=1, kind=StampKind.FINISHED)
 NOTHING = ReplicaLoad()
 BOOKED = ReplicaLoad(pending_prefill_tokens=100, running_requests=1, kv_tokens=100)
-OF_OTHERS = WorkerLoad(running_requests=2, waiting_requests=1, pending_prefill_tokens=50, kv_tokens=700)
+OF_OTHERS = WorkerLoad(running_requests=3, waiting_requests=1, pending_prefill_tokens=50, kv_tokens=700)
 OTHERS = ReplicaLoad(pending_prefill_tokens=50, running_requests=3, kv_tokens=700)
-WITH_OURS = WorkerLoad(running_requests=3, waiting_requests=1, pending_prefill_tokens=150, kv_tokens=800)
+WITH_OURS = WorkerLoad(running_requests=4, waiting_requests=1, pending_prefill_tokens=150, kv_tokens=800)
 ALL = ReplicaLoad(pending_prefill_tokens=150, running_requests=4, kv_tokens=800)
 
 
