@@ -124,7 +124,7 @@ class DecodeService:
         request, choice = stream.request, stream.choices[0]
         first = () if stream.prefilled is None else stream.prefilled.output.token_ids
         token_ids = (*request.prompt_token_ids, *request.resume_token_ids, *first)
-        run_id = f"{request.request_id}.d{stream.attempt}"
+        run_id = f"{request.request_id}.{stream.attempt}.{stream.run.number}"
         engine_request = EngineRequest(
             run_id=run_id,
             token_ids=token_ids,

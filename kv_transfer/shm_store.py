@@ -7,6 +7,7 @@ import contextlib
 import errno
 import itertools
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,7 @@ class ShmStore:
         self._folder = folder
         self._capacity_bytes = capacity_bytes
         self._part_numbers = itertools.count()
+        self._part_token = secrets.token_hex(4)  # a process may have several stores, and process ids come again
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -82,7 +84,7 @@ class ShmStore:
     def try_reserve(self, key: BlockKey, payload_bytes: int) -> FileReservation | None:
         """An unseen file for one block; None where shared memory has no room or cannot be written."""
         path = Path(self._path(key))
-        part = path.with_name(f"{path.name}.{os.getpid()}.{next(self._part_numbers)}{_PART_SUFFIX}")
+        part = path.with_name(f"{path.name}.{os.getpid()}.{self._part_token}.{next(self._part_numbers)}{_PART_SUFFIX}")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         try:
             try:

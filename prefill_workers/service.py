@@ -11,7 +11,7 @@ from tandem.errors import EngineError
 from tandem.faults import Faults
 from tandem.rpc import ServerCall
 from tandem.v1 import worker_pb2
-from tandem.worker_state import WorkerState
+from tandem.worker_state import Run, WorkerState
 
 
 class PrefillService:
@@ -28,36 +28,31 @@ class PrefillService:
         self._state.check(request.incarnation)
         if self._faults.fires("prefill.fail_every"):
             raise EngineError("prefill failed by the fault hook prefill.fail_every")
-        token_ids = tuple(request.prompt_token_ids)
-        sampling = sampling_from_pb(request.sampling)
-        run_id = f"{request.request_id}.p{request.attempt}"
-        engine_request = EngineRequest(
-            run_id=run_id,
-            token_ids=token_ids,
-            sampling=replace(sampling, min_tokens=max(0, sampling.min_tokens - request.resumed_tokens)),
-            max_new_tokens=1,
-            cache_salt=request.cache_salt,
-            priority=request.priority,
-        )
         booking = self._state.accept(
-            request.router_id, request.request_id, request.attempt, prefill_tokens=len(token_ids), kv_tokens=len(token_ids)
+            request.router_id,
+            request.request_id,
+            request.attempt,
+            prefill_tokens=len(request.prompt_token_ids),
+            kv_tokens=len(request.prompt_token_ids),
         )
+        with booking as run:
+            engine_request = _to_engine_request(request, run)
+            try:
+                await self._run(engine_request, run, call)
+            finally:
+                self._engine.forget(engine_request.run_id)
+
+    async def _run(self, request: EngineRequest, run: Run, call: ServerCall) -> None:
         started_s = time.monotonic()
-        try:
-            with booking as run:
-                output = await self._first_output(engine_request)
-                await call.write(worker_pb2.PrefillResponse(first_token=_first_token(output, time.monotonic() - started_s)))
-                self._state.prefilled(run)
-                self._state.generated(run, 1)
-                remaining_s = call.time_remaining_s()
-                wait_s = self._publish_wait_s if remaining_s is None else min(self._publish_wait_s, remaining_s)
-                blocks = await self._engine.published(run_id, wait_s)
-            payload_bytes = blocks * self._engine.info.kv_block_bytes
-            await call.write(
-                worker_pb2.PrefillResponse(published=worker_pb2.Published(published_blocks=blocks, published_bytes=payload_bytes))
-            )
-        finally:
-            self._engine.forget(run_id)
+        output = await self._first_output(request)
+        await call.write(worker_pb2.PrefillResponse(first_token=_first_token(output, time.monotonic() - started_s)))
+        self._state.prefilled(run)
+        self._state.generated(run, 1)
+        remaining_s = call.time_remaining_s()
+        wait_s = self._publish_wait_s if remaining_s is None else min(self._publish_wait_s, remaining_s)
+        blocks = await self._engine.published(request.run_id, wait_s)
+        published = worker_pb2.Published(published_blocks=blocks, published_bytes=blocks * self._engine.info.kv_block_bytes)
+        await call.write(worker_pb2.PrefillResponse(published=published))
 
     async def _first_output(self, request: EngineRequest) -> EngineOutput:
         async with contextlib.aclosing(self._engine.generate(request)) as outputs:
@@ -65,6 +60,18 @@ class PrefillService:
                 if output.token_ids:
                     return output
         raise EngineError("the engine ended the prefill without a token")
+
+
+def _to_engine_request(request: worker_pb2.PrefillRequest, run: Run) -> EngineRequest:
+    sampling = sampling_from_pb(request.sampling)
+    return EngineRequest(
+        run_id=f"{request.request_id}.{request.attempt}.{run.number}",
+        token_ids=tuple(request.prompt_token_ids),
+        sampling=replace(sampling, min_tokens=max(0, sampling.min_tokens - request.resumed_tokens)),
+        max_new_tokens=1,
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+    )
 
 
 def _first_token(output: EngineOutput, prefill_s: float) -> worker_pb2.FirstToken:

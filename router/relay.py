@@ -14,8 +14,8 @@ from router.workers import Workers
 from tandem.convert import chunk_to_pb, finish_reason_from_pb, receipt_from_pb, request_to_worker_pb
 from tandem.deadline import Deadline
 from tandem.domain import BlockHash, Chunk, EngineInfo, FinishReason, Receipt, Request, Usage
-from tandem.errors import CancelledRequestError, EngineError, Reason, TandemError, UnavailableError
-from tandem.rpc import ResponseStream, ServerCall, open_stream, parse_answer
+from tandem.errors import CancelledRequestError, EngineError, TandemError
+from tandem.rpc import ServerCall, open_stream, parse_answer
 from tandem.session import StreamJoiner
 from tandem.v1 import common_pb2, inference_pb2
 
@@ -73,7 +73,7 @@ class Relay:
         message = request_to_worker_pb(request, dispatch.plan, dispatch.attempt, decode.incarnation)
         timeout_s = deadline.remaining_s("dispatch")
         async with open_stream(self._workers.channel(decode), _GENERATE, message, timeout_s=timeout_s) as stream:
-            while (payload := await _read(ticket, stream)) is not None:
+            while (payload := await ticket.read(stream)) is not None:
                 await self._forward(payload, ticket)
             self._joiner.end()
             receipt = await stream.receipt()
@@ -147,11 +147,3 @@ class Relay:
             router_id=self._shell.config.router_id,
             one_worker_reason=dispatch.plan.one_worker_reason,
         )
-
-
-async def _read(ticket: Ticket, stream: ResponseStream) -> bytes | None:
-    """The next message. A stream cancelled from the worker's side is a lost worker: our own cancel raises CancelledError."""
-    try:
-        return await ticket.read(stream)
-    except CancelledRequestError as error:
-        raise UnavailableError("the worker cancelled the request", reason=Reason.WORKER_LOST) from error

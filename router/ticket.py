@@ -7,7 +7,7 @@ import asyncio
 
 from router.instructions import Dispatch
 from tandem.domain import RequestId
-from tandem.errors import TandemError
+from tandem.errors import CancelledRequestError, Reason, TandemError, UnavailableError
 from tandem.rpc import ResponseStream
 
 
@@ -19,7 +19,7 @@ class Ticket:
         self.attempt = 0  # the one being served
         self._news: asyncio.Future[Dispatch | TandemError] = asyncio.get_running_loop().create_future()
         self._lost: dict[int, TandemError] = {}  # by attempt; at most one per dispatch
-        self._reading: asyncio.Timeout | None = None
+        self._stream: ResponseStream | None = None
 
     def tell(self, news: Dispatch | TandemError) -> None:
         """The next attempt, or the end. Nothing where the waiting task has just been cancelled: it closes the ticket then."""
@@ -32,23 +32,25 @@ class Ticket:
         self._news = asyncio.get_running_loop().create_future()
         if isinstance(news, TandemError):
             raise news
-        self.attempt = news.attempt
+        self.attempt, self._stream = news.attempt, None
         return news
 
     def abandon(self, attempt: int, error: TandemError) -> None:
-        """The attempt's worker is lost: its reading ends with `error`, now or when it begins. A write is never interrupted."""
+        """The attempt's worker is lost: its reading ends with `error`, now or when it begins. A write to the client is not interrupted."""
         self._lost[attempt] = error
-        if attempt == self.attempt and self._reading is not None:
-            self._reading.reschedule(asyncio.get_running_loop().time())
+        if attempt == self.attempt and self._stream is not None:
+            self._stream.cancel()
 
     async def read(self, stream: ResponseStream) -> bytes | None:
-        """The stream's next message, None at its end. Raises the error of `abandon`, or the stream's own."""
+        """The attempt's next message, None at its end. Raises the error of `abandon`, or the stream's own.
+
+        A stream that the worker cancelled is a lost worker too; when the caller goes, this task itself is cancelled.
+        """
+        self._stream = stream
         if self.attempt in self._lost:
             raise self._lost[self.attempt]
         try:
-            async with asyncio.timeout(None) as self._reading:
-                return await stream.read()
-        except TimeoutError:
-            raise self._lost[self.attempt] from None
-        finally:
-            self._reading = None
+            return await stream.read()
+        except CancelledRequestError as error:
+            lost = UnavailableError("the worker cancelled the request", reason=Reason.WORKER_LOST)
+            raise self._lost.get(self.attempt, lost) from error

@@ -16,13 +16,14 @@ from router.shell import RouterShell
 from tandem.convert import lease_from_pb, load_from_pb
 from tandem.domain import Lease, PlannedWorker, RequestId
 from tandem.errors import ProtocolError, Reason, TandemError, UnavailableError
-from tandem.rpc import open_channel, open_stream, parse_answer
+from tandem.rpc import ResponseStream, open_channel, open_stream, parse_answer
 from tandem.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
 _WATCH = "tandem.v1.Worker/Watch"
 _RECONNECT_MIN_S = 0.1
+_SILENCE_SLICES = 10
 _STAMP_KINDS = {
     worker_pb2.RequestStamp.KIND_ACCEPTED: StampKind.ACCEPTED,
     worker_pb2.RequestStamp.KIND_FINISHED: StampKind.FINISHED,
@@ -97,8 +98,7 @@ class Workers:
         request = worker_pb2.WatchRequest(router_id=self._shell.config.router_id)
         async with open_stream(link.channel, _WATCH, request, timeout_s=None) as stream:
             while True:
-                async with asyncio.timeout(self._shell.config.watch_silence_s):
-                    payload = await stream.read()
+                payload = await _read_within(stream, self._shell.config.watch_silence_s)
                 if payload is None:
                     return
                 self._take(link, parse_answer(worker_pb2.WatchResponse, payload))
@@ -132,3 +132,19 @@ class Workers:
         if link.is_reachable and link.lease is not None:
             link.is_reachable = False
             self._shell.replica_lost(link.lease.replica_id, link.lease.incarnation)
+
+
+async def _read_within(stream: ResponseStream, silence_s: float) -> bytes | None:
+    """The next message. Raises TimeoutError where none comes.
+
+    Waits in slices, so that a stall of this process's own loop counts as one slice and not as the worker's silence.
+    """
+    read = asyncio.create_task(stream.read(), name="watch read")
+    try:
+        for _ in range(_SILENCE_SLICES):
+            done, _ = await asyncio.wait((read,), timeout=silence_s / _SILENCE_SLICES)
+            if done:
+                return read.result()
+        raise TimeoutError
+    finally:
+        read.cancel()

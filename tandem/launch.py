@@ -189,12 +189,9 @@ async def stop_process(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-async def start_router(arguments: Sequence[str], log_path: Path | None = None) -> tuple[asyncio.subprocess.Process, str]:
-    """Starts a router; returns it and its address once it listens. Raises ConfigError with its words where it does not.
-
-    Its log goes to a file: a pipe that nobody reads would fill, and stop the router for ever.
-    """
-    with tempfile.TemporaryFile() if log_path is None else log_path.open("w+b") as log:
+async def start_router(arguments: Sequence[str], log_path: Path) -> tuple[asyncio.subprocess.Process, str]:
+    """Starts a router that logs to `log_path`; returns it and its address once it listens. Raises ConfigError with its words."""
+    with _log(str(log_path)) as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -206,19 +203,21 @@ async def start_router(arguments: Sequence[str], log_path: Path | None = None) -
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-        assert process.stdout is not None
-        try:
-            line = (await process.stdout.readline()).decode()
-            if "router ready" in line:
-                return process, dict(part.split("=") for part in line.split() if "=" in part)["address"]
-            await process.wait()
-        except BaseException:
-            process.kill()
-            raise
-        log.seek(0)
-        words = log.read().decode(errors="replace").strip().splitlines()
-    message = words[-1].removeprefix("tandem: error: ") if words else "the router ended while starting"
-    raise ConfigError(message, reason=Reason.START_FAILED)
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    if "router ready" not in line:
+        await process.wait()
+        raise ConfigError(_tail(log_path).removeprefix("router: "), reason=Reason.START_FAILED)
+    return process, dict(part.split("=") for part in line.split() if "=" in part)["address"]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError where host:port cannot be listened on; asked before anything is started."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        message = f"port {port} on {host} is in use or not allowed: choose another with --port"
+        raise ConfigError(message, reason=Reason.PORT_IN_USE) from error
 
 
 def has_cuda() -> bool:

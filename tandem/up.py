@@ -22,7 +22,7 @@ from tandem.endpoint import endpoint_folder, remove_endpoint_file, write_endpoin
 from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import BUNDLED_MODEL, resolve_model, served_name
 from tandem.errors import ConfigError
-from tandem.launch import ReplicaProcess, ZygoteProcess, has_cuda, remove_folder, spawn_replica, start_router, stop_process
+from tandem.launch import ReplicaProcess, ZygoteProcess, check_port, has_cuda, remove_folder, spawn_replica, start_router, stop_process
 
 _RESTARTS = 3
 _RESTART_WINDOW_S = 60.0
@@ -81,6 +81,8 @@ class Platform:
         require_vllm()
         model = resolve_model(self.options.model)
         check_room(self.store_dir)
+        if self.options.is_router_on:
+            check_port(self.options.host, self.options.port)
         self.runtime_dir.mkdir(mode=0o700, parents=True)
         self.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not has_cuda():
@@ -95,8 +97,8 @@ class Platform:
         if self.options.is_router_on:
             self._progress("starting the router")
             workers = [f"--worker={replica.address}" for replica in self.replicas.values()]
-            arguments = [f"--host={self.options.host}", f"--port={self.options.port}", *workers]
-            self._router, self.router_address = await start_router(arguments)
+            arguments = [f"--cluster={self.cluster}", f"--host={self.options.host}", f"--port={self.options.port}", *workers]
+            self._router, self.router_address = await start_router(arguments, self.runtime_dir / "router.log")
             write_endpoint_file(self.cluster, {"grpc": self.router_address, "cluster": self.cluster, "pid": os.getpid()})
 
     async def add_replica(self, role: Role, name: str, **engine_changes: object) -> ReplicaProcess:

@@ -4,6 +4,7 @@ Used by both worker services; knows neither the engine nor gRPC. Belongs to one 
 """
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -34,8 +35,12 @@ class Stamp:
 
 @dataclass(slots=True)
 class Run:
-    """One accepted attempt. Tokens are those of this replica's share of the work."""
+    """One accepted attempt. Tokens are those of this replica's share of the work.
 
+    `number` is its own on this replica: the same attempt may come twice, through two routers.
+    """
+
+    number: int
     prefill_tokens: int
     kv_tokens: int
     generated_tokens: int = 0
@@ -74,23 +79,24 @@ class WorkerState:
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.generated_tokens_total = 0
-        self._by_id: dict[int, Run] = {}
+        self._numbers = itertools.count(1)
+        self._runs: dict[int, Run] = {}
         self._watchers: list[Watcher] = []
 
     @property
     def running_requests(self) -> int:
         """Accepted attempts that have not ended."""
-        return len(self._by_id)
+        return len(self._runs)
 
     @property
     def pending_prefill_tokens(self) -> int:
         """Accepted prompt tokens whose first token has not left."""
-        return sum(run.prefill_tokens for run in self._by_id.values())
+        return sum(run.prefill_tokens for run in self._runs.values())
 
     @property
     def kv_tokens(self) -> int:
         """Tokens whose KV running attempts hold or will hold, output included."""
-        return sum(run.kv_tokens + run.generated_tokens for run in self._by_id.values())
+        return sum(run.kv_tokens + run.generated_tokens for run in self._runs.values())
 
     def check(self, incarnation: int) -> None:
         """Raises UnavailableError where this replica is not the one meant, or takes no new work."""
@@ -104,13 +110,13 @@ class WorkerState:
     @contextmanager
     def accept(self, router_id: str, request_id: str, attempt: int, *, prefill_tokens: int, kv_tokens: int) -> Iterator[Run]:
         """Books an attempt for as long as the context lasts."""
-        run = Run(prefill_tokens=prefill_tokens, kv_tokens=kv_tokens)
-        self._by_id[id(run)] = run
+        run = Run(number=next(self._numbers), prefill_tokens=prefill_tokens, kv_tokens=kv_tokens)
+        self._runs[run.number] = run
         self._stamp(router_id, Stamp(request_id=request_id, attempt=attempt, kind=StampKind.ACCEPTED))
         try:
             yield run
         finally:
-            del self._by_id[id(run)]
+            del self._runs[run.number]
             self._stamp(router_id, Stamp(request_id=request_id, attempt=attempt, kind=StampKind.FINISHED))
 
     def must_prefill(self, run: Run, prefill_tokens: int) -> None:

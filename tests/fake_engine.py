@@ -1,8 +1,7 @@
 """An engine of a few lines: the next token follows from the tokens so far, and each token is one word."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
 
 from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling, TokenLogprob
 from tandem.engine.base import EngineLoad, EngineOutput, EngineRequest, KvLoaded, KvTotals
@@ -67,17 +66,11 @@ class WordText:
         return text
 
 
-@dataclass(slots=True)
-class _Run:
-    request: EngineRequest
-    is_published: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 class FakeEngine:
-    """Runs requests one token at a time.
+    """Runs requests one token at a time; tests set what it does next.
 
-    `gate` is waited for before each token; clear it to stop all runs where they are. `requests` keeps what was asked. `eos_after` gives
-    the number of tokens so far at which the engine wants to stop; as in the real one, it may not before `min_tokens`.
+    `gate` is waited for before each token, `publishes` before a run's blocks are published: clear them to stop runs where they are.
+    `eos_after` is the number of tokens so far at which the engine wants to stop; as in a real one, it may not before `min_tokens`.
     """
 
     def __init__(self) -> None:
@@ -86,96 +79,91 @@ class FakeEngine:
         self.gate.set()
         self.publishes = asyncio.Event()
         self.publishes.set()
+        self.has_run = asyncio.Event()
         self.requests: list[EngineRequest] = []
-        self.runs: dict[str, _Run] = {}
-        self.generating: set[str] = set()
         self.eos_after: int | None = None
-        self.error: TandemError | None = None
-        self.abort_reason: FinishReason | None = None
-        self.choose: Callable[[tuple[int, ...]], int] = next_token
+        self.tokens_per_output = 1
         self.cached_tokens = 0
         self.loaded: KvLoaded | None = None
-        self.tokens_per_output = 1
-        self.has_run = asyncio.Event()
+        self.error: TandemError | None = None
+        self.publish_error: TandemError | None = None
+        self.abort_reason: FinishReason | None = None
+        self._kept: dict[str, EngineRequest] = {}
+        self._generating: set[str] = set()
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is kept of any run."""
-        return not self.runs and not self.generating
+        return not self._kept and not self._generating
 
     def start(self) -> None:
         """Nothing to attach."""
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        assert request.run_id not in self._kept, "a run id came twice"
         self.requests.append(request)
-        self.runs[request.run_id] = _Run(request)
-        self.generating.add(request.run_id)
+        self._kept[request.run_id] = request
+        self._generating.add(request.run_id)
         self.has_run.set()
         try:
             if self.error is not None:
                 raise self.error
             tokens: tuple[int, ...] = ()
-            while True:
+            finish_reason: FinishReason | None = None
+            while finish_reason is None:
                 await self.gate.wait()
-                if self.abort_reason is not None:
-                    yield EngineOutput(choice_index=0, token_ids=(), finish_reason=self.abort_reason)
-                    return
-                new, finish_reason = self._step(request, tokens)
+                new, finish_reason, stop_reason = ((), self.abort_reason, None) if self.abort_reason else self._step(request, tokens)
                 tokens += new
-                output = EngineOutput(
-                    choice_index=0,
-                    token_ids=new,
-                    logprobs=() if request.sampling.logprobs is None else tuple(map(logprobs_of, new)),
-                    finish_reason=finish_reason,
-                    cached_tokens=self.cached_tokens,
-                )
                 for choice_index in range(request.sampling.n):
                     yield EngineOutput(
                         choice_index=choice_index,
-                        token_ids=output.token_ids,
-                        logprobs=output.logprobs,
+                        token_ids=new,
+                        logprobs=() if request.sampling.logprobs is None else tuple(map(logprobs_of, new)),
                         finish_reason=finish_reason,
-                        cached_tokens=output.cached_tokens,
+                        stop_reason=stop_reason,
+                        cached_tokens=self.cached_tokens,
                     )
-                if finish_reason is not None:
-                    return
         finally:
-            self.generating.discard(request.run_id)
+            self._generating.discard(request.run_id)
 
-    def _step(self, request: EngineRequest, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
-        new: tuple[int, ...] = ()
+    def _step(self, request: EngineRequest, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None, str | None]:
+        sampling, new = request.sampling, tuple[int, ...]()
         while len(new) < self.tokens_per_output:
             so_far = (*request.token_ids, *tokens, *new)
-            may_stop = len(tokens) + len(new) >= request.sampling.min_tokens
-            if self.eos_after is not None and len(so_far) >= self.eos_after and may_stop and not request.sampling.ignore_eos:
-                return (*new, EOS), FinishReason.STOP
-            new = (*new, self.choose(so_far))
+            may_stop = len(tokens) + len(new) >= sampling.min_tokens
+            if self.eos_after is not None and len(so_far) >= self.eos_after and may_stop and not sampling.ignore_eos:
+                return (*new, EOS), FinishReason.STOP, None
+            new = (*new, next_token(so_far))
+            if new[-1] in sampling.stop_token_ids and may_stop:
+                return new, FinishReason.STOP, str(new[-1])
             if len(tokens) + len(new) == request.max_new_tokens:
-                return new, FinishReason.LENGTH
-        return new, None
+                return new, FinishReason.LENGTH, None
+        return new, None, None
 
     def output_text(self, token_ids: tuple[int, ...], sampling: Sampling) -> WordText:
         return WordText(sampling)
 
     async def published(self, run_id: str, timeout_s: float) -> int:
-        run = self.runs[run_id]
+        if self.publish_error is not None:
+            raise self.publish_error
+        request = self._kept[run_id]
         try:
             async with asyncio.timeout(timeout_s):
                 await self.publishes.wait()
         except TimeoutError:
             return 0
-        return len(run.request.token_ids) // self.info.block_size_tokens
+        return len(request.token_ids) // self.info.block_size_tokens
 
     def take_loaded(self, run_id: str) -> KvLoaded | None:
-        assert run_id in self.runs
+        assert run_id in self._kept
         loaded, self.loaded = self.loaded, None
         return loaded
 
     def forget(self, run_id: str) -> None:
-        self.runs.pop(run_id, None)
+        self._kept.pop(run_id, None)
 
     def load(self) -> EngineLoad:
-        return EngineLoad(running_requests=len(self.generating), waiting_requests=0, kv_used_fraction=0.25)
+        return EngineLoad(running_requests=len(self._generating), waiting_requests=0, kv_used_fraction=0.25)
 
     def kv_totals(self) -> KvTotals:
         return KvTotals(corrupt_blocks=1, missing_blocks=2, loaded_bytes=3, published_bytes=4)

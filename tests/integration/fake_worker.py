@@ -30,6 +30,7 @@ class Faults:
     hang_at: int | None = None  # stops sending, still connected
     skip_at: int | None = None  # leaves this position out
     break_off_at: int | None = None  # sends finish reason ERROR there
+    is_receipt_lost: bool = False  # fails after the finish reason
     is_end_lost: bool = False  # fails after the last token, before the finish reason
     is_watch_silent: bool = False
     has_no_receipt: bool = False
@@ -94,7 +95,7 @@ class FakeWorker:
                 await call.write(convert.chunk_to_pb(chunk))
             position += count
             await asyncio.sleep(self.token_delay_s)
-        if faults.is_end_lost:
+        if faults.is_end_lost or faults.is_receipt_lost:
             raise EngineError("the engine died after its last token")
 
     async def prefill(self, message: worker_pb2.PrefillRequest, call: rpc.ServerCall) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 import grpc.aio
+import pytest
 from prometheus_client import CollectorRegistry
 
 from router.config import RouterConfig
@@ -16,10 +17,12 @@ from router.shell import RouterShell
 from router.tokenizer import Tokenizers
 from router.workers import Workers
 from tandem import convert, rpc
-from tandem.domain import Receipt, Request, Usage
+from tandem.domain import Receipt, Request, Sampling, Usage
+from tandem.errors import TandemError
 from tandem.telemetry import RouterMetrics
 from tandem.v1 import common_pb2, inference_pb2
 from tests.integration.fake_worker import FakeWorker, expected_token
+from tests.samples import make_request
 
 GENERATE = "tandem.v1.Inference/Generate"
 CONFIG = RouterConfig(tick_s=0.01, no_replica_wait_s=0.3, retry_hold_s=0.1, watch_silence_s=1.0, reconnect_max_s=0.2)
@@ -95,6 +98,19 @@ async def eventually(is_so: Callable[[], object]) -> None:
     async with asyncio.timeout(10):
         while not is_so():  # noqa: ASYNC110  # the state belongs to the code under test, which has no event for it
             await asyncio.sleep(0.01)
+
+
+def sample_request(prompt_tokens: int = 100, max_tokens: int = 8) -> Request:
+    """The domain's side of `message`, to compute what is expected of it."""
+    return make_request(prompt_tokens=prompt_tokens, sampling=Sampling(max_tokens=max_tokens))
+
+
+async def refused(router: Router, request: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0) -> TandemError:
+    """The error a call ends with, after which the router holds nothing."""
+    with pytest.raises(TandemError) as caught:
+        await router.generate(request, timeout_s)
+    await router.becomes_idle()
+    return caught.value
 
 
 @asynccontextmanager

@@ -1,41 +1,39 @@
-"""The router's shell against fake workers over real gRPC: streams, losses, cancels, deadlines, refusals."""
+"""The router's shell against fake workers over real gRPC: streams, other services, books."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+import time
 from dataclasses import replace
-from typing import cast
 
-import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
+from tokenizers import Tokenizer
 
+from router.instructions import Instruction
 from tandem import rpc
-from tandem.domain import ReplicaState, Request
-from tandem.errors import Code, EngineError, InvalidRequestError, Reason, TandemError
+from tandem.domain import ModelId
+from tandem.errors import Code, EngineError, Reason, TandemError
 from tandem.v1 import common_pb2, control_pb2, inference_pb2, router_pb2
-from tests.integration.fake_worker import FakeWorker, Faults, serve_workers
-from tests.integration.router_shell import CONFIG, GENERATE, Output, Router, eventually, expected, message, serve_router
-from tests.samples import make_request
+from tests.integration.fake_worker import Faults, serve_workers
+from tests.integration.router_shell import (
+    CONFIG,
+    Output,
+    eventually,
+    expected,
+    message,
+    sample_request,
+    serve_router,
+)
+from tests.layers import ROOT
 
 pytestmark = pytest.mark.integration
 
-
-def _request(prompt_tokens: int = 100, max_tokens: int = 8) -> Request:
-    request = make_request(prompt_tokens=prompt_tokens)
-    return replace(request, sampling=replace(request.sampling, max_tokens=max_tokens))
-
-
-async def _refused(router: Router, request: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0) -> TandemError:
-    with pytest.raises(TandemError) as caught:
-        await router.generate(request, timeout_s)
-    await router.becomes_idle()
-    return caught.value
+BUNDLED_MODEL = ROOT / "tandem" / "bundled_model"
+CHAT = inference_pb2.ChatMessages(messages=[inference_pb2.ChatMessage(role="user", content="Hi")])
 
 
 async def test_tokens_and_the_receipt_come_through() -> None:
     async with serve_workers(prefill_0=Faults(), decode_0=Faults()) as workers, serve_router(workers) as router:
         output = await router.generate(message(), timeout_s=15.0)
-        assert output.tokens == {0: expected(_request())}
+        assert output.tokens == {0: expected(sample_request())}
         assert output.finish_reason == common_pb2.FINISH_REASON_LENGTH
         receipt = output.receipt
         assert receipt is not None
@@ -58,103 +56,15 @@ async def test_tokens_and_the_receipt_come_through() -> None:
 async def test_workers_bytes_are_passed_on_unchanged() -> None:
     async with serve_workers(decode_0=Faults(coalesced_tokens=3)) as workers, serve_router(workers) as router:
         output = await router.generate(message())
-        assert (output.messages, output.tokens) == (3, {0: expected(_request())})
+        assert (output.messages, output.tokens) == (3, {0: expected(sample_request())})
 
 
 async def test_several_choices_come_through_side_by_side() -> None:
     async with serve_workers(prefill_0=Faults(), decode_0=Faults()) as workers, serve_router(workers) as router:
         output = await router.generate(message(sampling=common_pb2.Sampling(max_tokens=8, n=2)))
-        assert output.tokens == {0: expected(_request()), 1: expected(_request(), choice=1)}
+        assert output.tokens == {0: expected(sample_request()), 1: expected(sample_request(), choice=1)}
         assert output.receipt is not None
         assert output.receipt.one_worker_reason == "n"
-
-
-async def test_a_stream_goes_on_on_another_worker_without_a_repeated_token() -> None:
-    async with serve_workers(decode_0=Faults(error_at=3), decode_1=Faults()) as workers, serve_router(workers) as router:
-        output = await router.generate(message())
-        assert output.tokens == {0: expected(_request())}
-        assert output.receipt is not None
-        assert (output.receipt.attempts, output.receipt.output_tokens) == (2, 8)
-        (second,) = workers["decode_1"].requests
-        assert list(second.resume_token_ids) == expected(_request())[:3]
-        assert second.attempt == 2
-        assert router.metric("tandem_router_retries_total", reason="engine_failed") == 1
-        await router.becomes_idle()
-
-
-async def test_a_worker_that_fails_before_its_first_token_is_replaced() -> None:
-    async with serve_workers(decode_0=Faults(error_at=0), decode_1=Faults()) as workers, serve_router(workers) as router:
-        output = await router.generate(message(sampling=common_pb2.Sampling(max_tokens=8, n=2)))
-        assert output.tokens == {0: expected(_request()), 1: expected(_request(), choice=1)}
-
-
-async def test_several_choices_are_not_continued_elsewhere() -> None:
-    async with serve_workers(decode_0=Faults(error_at=3), decode_1=Faults()) as workers, serve_router(workers) as router:
-        error = await _refused(router, message(sampling=common_pb2.Sampling(max_tokens=8, n=2)))
-        assert error.reason is Reason.ENGINE_FAILED
-        assert workers["decode_1"].requests == []
-
-
-async def test_a_killed_worker_is_replaced_mid_stream() -> None:
-    async with serve_workers(decode_0=Faults(hang_at=4), decode_1=Faults()) as workers, serve_router(workers) as router:
-        call = asyncio.create_task(router.generate(message()))
-        await workers["decode_0"].hangs.wait()
-        await workers["decode_0"].stop()
-        output = await call
-        assert output.tokens == {0: expected(_request())}
-        assert [lease.replica_id for lease in router.shell.core.fleet.leases] == ["decode_1"]
-
-
-async def test_a_worker_that_hangs_is_replaced_when_its_watch_falls_silent() -> None:
-    faults = Faults(hang_at=4)
-    async with serve_workers(decode_0=faults, decode_1=Faults()) as workers, serve_router(workers) as router:
-        call = asyncio.create_task(router.generate(message()))
-        await workers["decode_0"].hangs.wait()
-        faults.is_watch_silent = True
-        output = await call
-        assert output.tokens == {0: expected(_request())}
-        await asyncio.wait_for(workers["decode_0"].was_cancelled.wait(), 5)
-        assert router.metric("tandem_router_retries_total", reason="worker_lost") == 1
-
-
-async def test_an_engine_that_breaks_off_is_a_failure_not_an_end() -> None:
-    async with serve_workers(decode_0=Faults(break_off_at=2), decode_1=Faults()) as workers, serve_router(workers) as router:
-        output = await router.generate(message())
-        assert output.tokens == {0: expected(_request())}
-        assert output.finish_reason == common_pb2.FINISH_REASON_LENGTH
-
-
-async def test_the_retry_budget_ends_with_the_workers_error() -> None:
-    faults = {f"decode_{number}": Faults(error_at=number) for number in range(4)}
-    async with serve_workers(**faults) as workers, serve_router(workers) as router:
-        error = await _refused(router, message())
-        assert (error.reason, error.code) == (Reason.ENGINE_FAILED, Code.UNAVAILABLE)
-        assert [len(worker.requests) for worker in workers.values()] == [1, 1, 1, 0]
-
-
-async def test_an_error_that_another_worker_would_repeat_is_passed_on() -> None:
-    faults = Faults(error_at=2, error=InvalidRequestError("sampling.regex", "is not a regular expression"))
-    async with serve_workers(decode_0=faults, decode_1=Faults()) as workers, serve_router(workers) as router:
-        error = await _refused(router, message())
-        assert (error.code, error.field) == (Code.INVALID_ARGUMENT, "sampling.regex")
-        assert workers["decode_1"].requests == []
-
-
-async def test_a_gap_is_an_error_and_not_passed_on() -> None:
-    async with serve_workers(decode_0=Faults(skip_at=2), decode_1=Faults()) as workers, serve_router(workers) as router:
-        output = Output()
-        with pytest.raises(TandemError) as caught:
-            await router.generate(message(), into=output)
-        assert (caught.value.reason, output.tokens) == (Reason.PROTOCOL, {0: expected(_request())[:2]})
-
-
-async def test_a_lost_end_after_the_last_token_is_made_good() -> None:
-    async with serve_workers(decode_0=Faults(is_end_lost=True)) as workers, serve_router(workers) as router:
-        output = await router.generate(message())
-        assert output.tokens == {0: expected(_request())}
-        assert (output.finish_reason, output.usage is not None) == (common_pb2.FINISH_REASON_LENGTH, True)
-        assert output.receipt is not None
-        assert (output.receipt.decode_replica_id, output.receipt.prompt_tokens) == ("decode_0", 100)
 
 
 async def test_a_missing_receipt_is_filled_by_what_the_router_knows() -> None:
@@ -166,7 +76,7 @@ async def test_a_missing_receipt_is_filled_by_what_the_router_knows() -> None:
 
 async def test_a_client_goes_on_with_the_tokens_it_has() -> None:
     async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        whole = expected(_request())
+        whole = expected(sample_request())
         output = await router.generate(message(resume_token_ids=whole[:3], first_position=3))
         assert output.tokens == {0: whole[3:]}
         assert output.receipt is not None
@@ -176,223 +86,9 @@ async def test_a_client_goes_on_with_the_tokens_it_has() -> None:
 async def test_without_decode_workers_a_prefill_worker_serves() -> None:
     async with serve_workers(prefill_0=Faults()) as workers, serve_router(workers) as router:
         output = await router.generate(message())
-        assert output.tokens == {0: expected(_request())}
+        assert output.tokens == {0: expected(sample_request())}
         assert output.receipt is not None
         assert output.receipt.one_worker_reason == "no_decode_worker"
-
-
-async def test_a_draining_worker_gets_nothing_new() -> None:
-    async with serve_workers(decode_0=Faults(), decode_1=Faults()) as workers, serve_router(workers) as router:
-        workers["decode_0"].state.drain()
-        await eventually(lambda: router.shell.core.fleet.leases[0].state is ReplicaState.DRAINING)
-        await router.generate(message())
-        assert workers["decode_0"].requests == []
-
-
-async def test_a_restarted_worker_is_found_again() -> None:
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        old = workers["decode_0"]
-        assert old.server is not None
-        await old.stop()
-        call = asyncio.create_task(router.generate(message()))
-        new = FakeWorker(replace(old.state.lease, incarnation=2))
-        await new.start(old.server.port)
-        output = await call
-        await new.stop()
-        assert output.tokens == {0: expected(_request())}
-        assert new.requests[0].incarnation == 2
-
-
-# Cancels and deadlines.
-
-
-async def _cancel_when(router: Router, is_there: Callable[[], bool], request: inference_pb2.GenerateRequest) -> None:
-    call = asyncio.create_task(router.generate(request))
-    await eventually(is_there)
-    call.cancel()
-    await asyncio.gather(call, return_exceptions=True)
-    await router.becomes_idle()
-
-
-@pytest.mark.parametrize("hang_at", [0, 4])
-async def test_a_cancel_frees_router_and_worker(hang_at: int) -> None:
-    async with serve_workers(decode_0=Faults(hang_at=hang_at)) as workers, serve_router(workers) as router:
-        worker = workers["decode_0"]
-        await _cancel_when(router, worker.hangs.is_set, message())
-        await asyncio.wait_for(worker.was_cancelled.wait(), 5)
-        assert worker.state.running_requests == 0
-        assert router.metric("tandem_router_requests_total", model="m", outcome="client_cancelled") == 1
-
-
-async def test_a_cancel_in_the_queue_frees_the_place() -> None:
-    config = replace(CONFIG, max_running_requests=1)
-    async with serve_workers(decode_0=Faults(hang_at=4)) as workers, serve_router(workers, config) as router:
-        first = asyncio.create_task(router.generate(message()))
-        await workers["decode_0"].hangs.wait()
-        second = asyncio.create_task(router.generate(message()))
-        await eventually(lambda: router.shell.core.queued_requests == 1)
-        second.cancel()
-        await eventually(lambda: router.shell.core.queued_requests == 0)
-        assert len(workers["decode_0"].requests) == 1
-        first.cancel()
-        await asyncio.gather(first, second, return_exceptions=True)
-        await router.becomes_idle()
-
-
-async def test_a_cancel_while_waiting_for_the_first_worker_frees_the_call() -> None:
-    config = replace(CONFIG, no_replica_wait_s=60.0)
-    async with serve_router({}, config) as router:
-        await _cancel_when(router, lambda: router.shell._calls == 1, message())
-
-
-async def test_the_deadline_ends_a_stream_that_hangs() -> None:
-    async with serve_workers(decode_0=Faults(hang_at=4)) as workers, serve_router(workers) as router:
-        error = await _refused(router, message(), timeout_s=0.5)
-        assert error.code is Code.DEADLINE_EXCEEDED
-        await asyncio.wait_for(workers["decode_0"].was_cancelled.wait(), 5)
-
-
-async def test_the_deadline_ends_a_wait_in_the_queue() -> None:
-    config = replace(CONFIG, max_running_requests=1)
-    async with serve_workers(decode_0=Faults(hang_at=4)) as workers, serve_router(workers, config) as router:
-        first = asyncio.create_task(router.generate(message()))
-        await workers["decode_0"].hangs.wait()
-        with pytest.raises(TandemError) as caught:
-            await router.generate(message(), timeout_s=0.3)
-        assert caught.value.code is Code.DEADLINE_EXCEEDED
-        assert len(workers["decode_0"].requests) == 1
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await router.becomes_idle()
-
-
-async def test_a_deadline_that_has_passed_dispatches_nothing() -> None:
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        error = await _refused(router, message(), timeout_s=0.0)
-        assert error.code is Code.DEADLINE_EXCEEDED
-        assert workers["decode_0"].requests == []
-
-
-# Refusals.
-
-
-async def test_without_any_worker_the_router_answers_unavailable_in_time() -> None:
-    async with serve_router({}) as router:
-        error = await _refused(router, message())
-        assert (error.reason, error.retryable) == (Reason.NO_REPLICA, True)
-
-
-async def test_the_first_worker_is_waited_for() -> None:
-    async with serve_workers(decode_0=Faults()) as workers:
-        config = replace(CONFIG, no_replica_wait_s=10.0)
-        async with serve_router(workers, config, is_waiting=False) as router:
-            assert (await router.generate(message())).tokens == {0: expected(_request())}
-
-
-async def test_a_model_without_replicas_is_unavailable_after_a_wait() -> None:
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        await workers["decode_0"].stop()
-        error = await _refused(router, message())
-        assert error.reason is Reason.NO_REPLICA
-
-
-async def test_an_unknown_model_is_refused_with_the_names() -> None:
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        error = await _refused(router, message(model="gpt-17"))
-        assert (error.code, error.reason) == (Code.NOT_FOUND, Reason.UNKNOWN_MODEL)
-        assert "served are: m" in error.message
-        assert (await router.generate(message(model=""))).tokens
-        assert router.metric("tandem_router_requests_total", model="unknown", outcome="unknown_model") == 1
-
-
-BAD_REQUESTS = {
-    "bad token id": (message(token_ids=inference_pb2.TokenIds(ids=[1, 2048])), "prompt.token_ids"),
-    "no prompt": (inference_pb2.GenerateRequest(model="m"), "prompt"),
-    "empty token ids": (message(prompt_tokens=0), "prompt"),
-    "empty text": (inference_pb2.GenerateRequest(model="m", text=""), "prompt"),
-    "empty chat": (inference_pb2.GenerateRequest(model="m", chat=inference_pb2.ChatMessages()), "prompt"),
-    "too long": (message(prompt_tokens=1024), "prompt"),
-    "bad first position": (message(first_position=1), "first_position"),
-    "bad resumed id": (message(resume_token_ids=[5000], first_position=1), "resume_token_ids"),
-    "several resumed": (
-        message(resume_token_ids=[5], first_position=1, sampling=common_pb2.Sampling(max_tokens=8, n=2)),
-        "resume_token_ids",
-    ),
-    "bad sampling": (message(sampling=common_pb2.Sampling(temperature=-1.0)), "sampling.temperature"),
-    "long id": (message(request_id="x" * 129), "request_id"),
-    "odd id": (message(request_id="a\nb"), "request_id"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_REQUESTS)
-async def test_a_bad_request_is_refused_by_field(name: str) -> None:
-    request, field = BAD_REQUESTS[name]
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        error = await _refused(router, request)
-        assert (error.code, error.field) == (Code.INVALID_ARGUMENT, field)
-        assert workers["decode_0"].requests == []
-
-
-async def test_text_for_a_model_without_tokenizer_says_what_to_send() -> None:
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        error = await _refused(router, inference_pb2.GenerateRequest(model="m", text="hello"))
-        assert (error.code, error.reason) == (Code.FAILED_PRECONDITION, Reason.BAD_MODEL)
-
-
-async def test_an_id_in_use_is_refused_and_its_owner_served() -> None:
-    faults = Faults(hang_at=4)
-    async with serve_workers(decode_0=faults) as workers, serve_router(workers) as router:
-        output = Output()
-        first = asyncio.create_task(router.generate(message(request_id="mine"), into=output))
-        await workers["decode_0"].hangs.wait()
-        with pytest.raises(TandemError) as caught:
-            await router.generate(message(request_id="mine"))
-        assert caught.value.field == "request_id"
-        assert router.shell.core.running_requests == 1
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await router.becomes_idle()
-        faults.hang_at = None
-        assert (await router.generate(message(request_id="mine"))).tokens == {0: expected(_request())}
-        assert [sent.request_id for sent in workers["decode_0"].requests] == ["mine", "mine"]
-
-
-async def test_bytes_that_are_no_message_are_refused() -> None:
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        invalid_utf8 = b"\x12\x02\xff\xfe"  # field 2, model
-        with pytest.raises(TandemError) as caught:
-            async with rpc.open_stream(router.channel, GENERATE, invalid_utf8, timeout_s=10) as stream:
-                await stream.read()
-        assert (caught.value.code, caught.value.reason) == (Code.INVALID_ARGUMENT, Reason.BAD_BYTES)
-
-
-async def test_a_message_of_100_mb_is_refused_and_the_router_lives() -> None:
-    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
-        error = await _refused(router, inference_pb2.GenerateRequest(model="m", text="x" * 100_000_000))
-        assert (error.code, error.reason) == (Code.RESOURCE_EXHAUSTED, Reason.MESSAGE_TOO_LARGE)
-        assert (await router.generate(message())).tokens == {0: expected(_request())}
-
-
-async def test_a_full_queue_says_when_to_come_back() -> None:
-    config = replace(CONFIG, max_running_requests=1, max_queued_requests=1)
-    async with serve_workers(decode_0=Faults(hang_at=4)) as workers, serve_router(workers, config) as router:
-        calls = [asyncio.create_task(router.generate(message())) for _ in range(2)]
-        await eventually(lambda: router.shell.core.queued_requests == 1)
-        stub = router.channel.unary_stream(f"/{GENERATE}", None, None)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await anext(aiter(stub(message().SerializeToString())))
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        trailing = cast("Iterable[tuple[str, bytes]]", caught.value.trailing_metadata() or ())
-        details = status_pb2.Status.FromString(dict(trailing)["grpc-status-details-bin"]).details
-        (retry,) = [detail for detail in details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
-        assert error_details_pb2.RetryInfo.FromString(retry.value).retry_delay.ToNanoseconds() > 0
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
-        await router.becomes_idle()
-
-
-# The other services, and the books.
 
 
 async def test_models_and_status_are_told() -> None:
@@ -446,7 +142,7 @@ async def test_many_requests_at_once_over_failing_workers_leave_nothing_behind()
         results = await asyncio.gather(*calls, return_exceptions=True)
         for number, result in enumerate(results):
             if isinstance(result, Output):
-                assert result.tokens == {0: expected(_request(20 + number))}
+                assert result.tokens == {0: expected(sample_request(20 + number))}
             else:
                 assert isinstance(result, EngineError | asyncio.CancelledError | TandemError)
         assert sum(isinstance(result, Output) for result in results) >= 50
@@ -455,3 +151,53 @@ async def test_many_requests_at_once_over_failing_workers_leave_nothing_behind()
         assert {status.predicted_work_s for status in router.shell.core.replicas()} == {0.0}
         assert router.metric("tandem_router_output_tokens_total", model="m") >= 400
         assert router.metric("tandem_router_ttft_seconds_count", model="m") >= 50
+
+
+async def test_text_and_chat_are_tokenised_by_the_models_own_files() -> None:
+    faults = Faults()
+    async with serve_workers(decode_0=faults) as workers:
+        state = workers["decode_0"].state
+        state.lease = replace(state.lease, model_path=str(BUNDLED_MODEL))
+        async with serve_router(workers) as router:
+            for prompt in ({"text": "You may reproduce"}, {"chat": CHAT}):
+                await router.generate(inference_pb2.GenerateRequest(sampling=common_pb2.Sampling(max_tokens=2), **prompt))
+        ids = Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json")).encode("You may reproduce").ids
+        assert list(workers["decode_0"].requests[0].prompt_token_ids) == ids
+        assert len(workers["decode_0"].requests[1].prompt_token_ids) > 3
+
+
+async def test_a_stall_of_the_routers_own_loop_is_not_a_workers_silence() -> None:
+    config = replace(CONFIG, watch_silence_s=0.5)
+    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers, config) as router:
+        time.sleep(0.8)  # noqa: ASYNC251
+        await asyncio.sleep(0.2)
+        assert router.shell.core.fleet.leases
+        assert len(router.shell.core.replicas()) == 1
+
+
+async def test_a_worker_that_breaks_the_watch_protocol_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    async with serve_workers(decode_0=Faults()) as workers:
+        state = workers["decode_0"].state
+        state.lease = replace(state.lease, model=ModelId(""))
+        with caplog.at_level("INFO", logger="router.workers"):
+            async with serve_router(workers, is_waiting=False) as router:
+                await eventually(lambda: "without replica id, model or engine limits" in caplog.text)
+                assert router.shell.core.fleet.leases == ()
+
+
+async def test_late_reports_are_dropped_and_counted() -> None:
+    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
+        router.shell.report(workers["decode_0"].state.lease, 1, 0, None, ())
+        assert router.metric("tandem_router_dropped_reports_total") == 1
+
+
+async def test_a_bug_in_a_tick_is_counted_and_the_router_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serve_workers(decode_0=Faults()) as workers, serve_router(workers) as router:
+
+        def fail(now_s: float) -> list[Instruction]:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(router.shell.core, "tick", fail)
+            await eventually(lambda: router.metric("tandem_router_task_failures_total", task="tick"))
+        assert (await router.generate(message())).tokens == {0: expected(sample_request())}

@@ -47,5 +47,5 @@ def test_a_value_that_is_no_number_above_zero_is_refused(site: str, value: str) 
 
 
 def test_a_count_must_be_whole() -> None:
-    with pytest.raises(ConfigError, match="'prefill.fail_every=0.5'; prefill.fail_every takes a whole number above 0"):
+    with pytest.raises(ConfigError, match=r"'prefill\.fail_every=0\.5'; prefill\.fail_every takes a whole number above 0"):
         Faults.parse("prefill.fail_every=0.5")

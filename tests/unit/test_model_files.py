@@ -43,7 +43,7 @@ def test_a_folder_without_a_configuration_is_told_so(folder: Path) -> None:
 def test_a_folder_without_weights_is_told_so(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(ConfigError, match="no weights .* in this folder; copy them there"):
+    with pytest.raises(ConfigError, match=r"no weights .* in this folder; copy them there"):
         resolve_model(str(folder))
 
 
