@@ -60,10 +60,15 @@ class StructuredKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutput:
-    """A constraint on the output; `value` holds one string, or the choices."""
+    """A constraint on the output; `value` holds one string, or the choices, and nothing for JSON_OBJECT."""
 
     kind: StructuredKind
-    value: tuple[str, ...]
+    value: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """Raises InvalidRequestError where the constraint says nothing."""
+        if self.kind is not StructuredKind.JSON_OBJECT and not (self.value and all(self.value)):
+            raise InvalidRequestError("sampling.structured_output", f"{self.kind} must not be empty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +121,8 @@ class Sampling:
             raise InvalidRequestError("sampling.stop", f"each stop string must have 1 to {MAX_STOP_STRING_CHARS} characters")
         if any(not math.isfinite(bias) for bias in self.logit_bias.values()):
             raise InvalidRequestError("sampling.logit_bias", "every bias must be a finite number")
-        if self.structured_output is not None and not (self.structured_output.value and all(self.structured_output.value)):
-            raise InvalidRequestError("sampling.structured_output", "must not be empty")
+        if self.structured_output is not None:
+            self.structured_output.validate()
 
     def one_worker_reason(self) -> str | None:
         """Why this request cannot be handed off exactly, or None where it can."""

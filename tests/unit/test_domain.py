@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tandem.domain import EngineInfo, ModelId, Request, RequestId, Sampling, StructuredKind, StructuredOutput
+from tandem.domain import EngineInfo, ModelId, Request, RequestId, Sampling, Slo, StructuredKind, StructuredOutput
 from tandem.errors import InvalidRequestError, Reason
 from tests.unit.test_convert import ENGINE
 
@@ -125,3 +125,20 @@ def test_tokens_are_counted_with_the_resumed_ones() -> None:
     assert resumed.total_tokens == 5
     assert resumed.max_output_tokens(engine(context_tokens=10)) == 7
     assert request(sampling=Sampling(max_tokens=4)).max_output_tokens(engine(context_tokens=10)) == 4
+
+
+@pytest.mark.parametrize("value", [(), ("",), ("yes", "")])
+def test_an_empty_constraint_is_refused(value: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidRequestError, match="structured_output"):
+        StructuredOutput(kind=StructuredKind.CHOICE, value=value).validate()
+
+
+def test_a_json_object_needs_no_value() -> None:
+    Sampling(structured_output=StructuredOutput(kind=StructuredKind.JSON_OBJECT)).validate()
+
+
+@pytest.mark.parametrize("bad_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_objective_that_is_no_time_is_refused(bad_s: float) -> None:
+    with pytest.raises(InvalidRequestError, match=r"slo\.ttft_s"):
+        Slo(ttft_s=bad_s).validate()
+    Slo(ttft_s=0.5, tpot_s=0.02).validate()
