@@ -74,7 +74,7 @@ def up(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="The router's gRPC port; 0 for any free one.")] = 8470,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Bytes of KV cache in each replica.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights and activations: float32, bfloat16, ... Default: auto.")] = None,
-    store_dir: Annotated[Path | None, typer.Option(help="Folder of shared KV blocks. Default: one in /dev/shm, removed at the end.")] = None,
+    store_dir: Annotated[Path | None, typer.Option(help="Folder of KV blocks. Default: one in /dev/shm, removed at the end.")] = None,
 ) -> None:
     """Start a cluster on this machine and serve until Ctrl-C."""
     from tandem.up import UpOptions, run_up

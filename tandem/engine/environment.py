@@ -31,4 +31,5 @@ def require_vllm() -> None:
     except ModuleNotFoundError:
         is_there = False
     if not is_there:
-        raise ConfigError("vLLM is not installed: pip install --no-deps -r requirements/cpu.txt (or cuda.txt)", reason=Reason.MISSING_PACKAGE)
+        message = "vLLM is not installed: pip install --no-deps -r requirements/cpu.txt (or cuda.txt)"
+        raise ConfigError(message, reason=Reason.MISSING_PACKAGE)

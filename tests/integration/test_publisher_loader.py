@@ -251,7 +251,8 @@ class TestPublisher:
         side.link.run_params("r.p1", load=True, publish=True)
         with side.publisher() as publisher:
             publisher.submit([], [], tag="r.p1", prompt_keys=[])
-            assert await side.link.published("r.p1", 10.0) == 0
+            async with asyncio.timeout(10.0):
+                assert await side.link.published("r.p1", 60.0) == 0
         assert side.link.totals().unstored_blocks == 0
 
     async def test_blocks_that_the_store_holds_are_not_stored_again(self, side: Side) -> None:

@@ -1,7 +1,7 @@
 """Prefill and decode workers over real gRPC on loopback, with engines of a few lines: token n is followed by n + 1, each one a word."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -150,12 +150,16 @@ class Cluster:
         return answer
 
     async def settle(self) -> None:
-        """Waits until nothing is held anywhere; fails after 10 s."""
-        for _ in range(1_000):
-            if all(worker.is_idle for worker in self.workers):
+        """Waits until nothing is held anywhere."""
+        await self.until(lambda: all(worker.is_idle for worker in self.workers))
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        """Waits until it is so; fails after 10 s with the workers that hold something."""
+        for _ in range(2_000):
+            if is_so():
                 return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"still held: {[worker.state.lease.replica_id for worker in self.workers if not worker.is_idle]}")
+            await asyncio.sleep(0.005)
+        raise AssertionError(f"busy: {[worker.state.lease.replica_id for worker in self.workers if not worker.is_idle]}")
 
 
 async def read(stream: ResponseStream) -> Chunk | None:
@@ -507,8 +511,14 @@ class TestEnds:
 
     async def test_the_same_attempt_twice_at_once_is_served_twice(self, cluster: Cluster) -> None:
         message = cluster.message(cluster.prefill.planned)
-        answers = await asyncio.gather(*(cluster.run(message) for _ in range(3)))
-        assert [answer.token_ids for answer in answers] == [[6, 7, 8, 9]] * 3
+        cluster.prefill.engine.publishes.clear()
+        cluster.decode.engine.gate.clear()
+        running = [asyncio.create_task(cluster.run(message)) for _ in range(3)]
+        await cluster.until(lambda: len(cluster.prefill.engine.requests) == 3)
+        cluster.prefill.engine.publishes.set()
+        await cluster.until(lambda: len(cluster.decode.engine.requests) == 3)
+        cluster.decode.engine.gate.set()
+        assert [(await one).token_ids for one in running] == [[6, 7, 8, 9]] * 3
 
     async def test_a_request_beyond_the_engines_limits_is_refused_by_name(self, cluster: Cluster) -> None:
         with pytest.raises(InvalidRequestError) as caught:

@@ -1,6 +1,6 @@
 """The transfer planner under any sequence of steps: every full block is saved once, in order, and a token is always left to compute."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -31,7 +31,6 @@ class Simulated:
     saved_blocks: int = 0
     prompts_told: int = 0
     is_loading: bool = False
-    seen_hashes: list[BlockHash] = field(default_factory=list)
 
     def known_hashes(self) -> list[BlockHash]:
         return self.hashes[: self.known_tokens // BLOCK_TOKENS]
@@ -51,8 +50,15 @@ class PlannerMachine(RuleBasedStateMachine):
         self.sync_blocks = 0
         self.count = 0
 
-    @rule(target=requests, prompt_tokens=st.integers(1, BLOCK_TOKENS * MAX_BLOCKS - 8), load=st.booleans(), publish=st.booleans())
-    def add(self, prompt_tokens: int, load: bool, publish: bool) -> Simulated:
+    @rule(
+        target=requests,
+        prompt_tokens=st.integers(1, BLOCK_TOKENS * (MAX_BLOCKS - 2)),
+        held_blocks=st.integers(0, MAX_BLOCKS),
+        load=st.sampled_from([True, True, False]),
+        publish=st.sampled_from([True, True, False]),
+    )
+    def add(self, prompt_tokens: int, held_blocks: int, load: bool, publish: bool) -> Simulated:
+        """A request comes, and the store holds the first blocks of its chain."""
         self.count += 1
         request_id = f"r{self.count}"
         request = Simulated(
@@ -65,18 +71,15 @@ class PlannerMachine(RuleBasedStateMachine):
         )
         self.planner.track(request_id, request.directive)
         self.live[request_id] = request
+        for block_hash in request.hashes[:held_blocks]:
+            self.store.blocks[BlockKey(NAMESPACE, block_hash)] = b""
         return request
-
-    @rule(request=requests, held=st.sets(st.integers(0, MAX_BLOCKS - 1)))
-    def others_publish(self, request: Simulated, held: set[int]) -> None:
-        for index in held:
-            self.store.blocks[BlockKey(NAMESPACE, request.hashes[index])] = b""
 
     @rule(request=requests, lost=st.integers(0, MAX_BLOCKS - 1))
     def store_evicts(self, request: Simulated, lost: int) -> None:
         self.store.blocks.pop(BlockKey(NAMESPACE, request.hashes[lost]), None)
 
-    @rule(request=requests, local_blocks=st.integers(0, MAX_BLOCKS), is_admitted=st.booleans())
+    @rule(request=requests, local_blocks=st.sampled_from([0, 0, 0, 1, 2, 3]), is_admitted=st.sampled_from([True, True, False]))
     def ask(self, request: Simulated, local_blocks: int, is_admitted: bool) -> None:
         """The engine asks at a scheduling attempt, and admits the request or not."""
         if request.request_id not in self.live or request.computed_tokens is not None:
