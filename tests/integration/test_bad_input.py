@@ -109,4 +109,4 @@ async def test_the_client_refuses_before_it_sends(cluster: Cluster) -> None:
         ([-1], {}, "token"),
     ):
         with pytest.raises(INVALID, match=word):
-            await cluster.client.generate(prompt, **options)  # type: ignore[arg-type]
+            await cluster.client.generate(prompt, **options)

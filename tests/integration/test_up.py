@@ -48,7 +48,7 @@ def up(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[s
 
 
 def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    return list(psutil.Process(process.pid).children(recursive=True))
 
 
 def all_gone(processes: list[psutil.Process], timeout_s: float) -> bool:
