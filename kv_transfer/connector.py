@@ -169,7 +169,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
             evict_after_bytes=max(1 << 20, self._options.store_capacity_bytes // 16),
             faults=Faults.parse(self._options.faults),
         )
-        self._closers = [self._publisher, self._loader, notices]
+        self._closers = [self._publisher, self._loader, notices, self._store]
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         """Loads what this step needs; hands the rest to the loader's thread."""

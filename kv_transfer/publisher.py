@@ -20,6 +20,9 @@ from tandem.faults import Faults
 
 logger = logging.getLogger(__name__)
 
+# After the last job: the workers that wait for its blocks have the processor first.
+_QUIET_S = 0.05
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
@@ -79,13 +82,22 @@ class Publisher:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next_job()) is not None:
             # Each on its own: whoever waits for the notice must get one, whatever became of the blocks.
             self._attempt(self._publish, job)
             with self._lock:
                 self._free.extend(job.rows)
             self._attempt(self._send_published, job)
             self._attempt(self._evict, job)
+
+    def _next_job(self) -> _Job | None:
+        """The next job; once there was none for a while, the store makes room ahead of time, a block at a time."""
+        timeout_s: float | None = _QUIET_S
+        while True:
+            try:
+                return self._jobs.get(timeout=timeout_s)
+            except queue.Empty:
+                timeout_s = 0.0 if self._store.add_spare(self._tensors.block_bytes) else None
 
     def _attempt(self, step: Callable[[_Job], None], job: _Job) -> None:
         try:

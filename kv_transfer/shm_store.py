@@ -1,15 +1,13 @@
-"""A block store in shared memory: one file per block, visible by rename, evicted by age.
+"""A block store in shared memory: one file per block, nameless until it is committed, evicted by age.
 
 Every process of a node uses the same folder; there is no server to wait for. The arena that replaces the files keeps this protocol.
 """
 
 import contextlib
 import errno
-import itertools
 import os
-import secrets
 import shutil
-import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,39 +16,46 @@ from kv_transfer.codec import HEADER_BYTES, is_intact, pack_header
 from kv_transfer.store import BlockOutcome, PutOutcome, StoreStats
 from tandem.errors import ConfigError
 
-_PART_SUFFIX = ".part"
-# A writer that has not committed after this time is dead or stuck; its room is given back.
-_STALE_PART_S = 30.0
 # Eviction stops here, so that it does not run again at once.
 _LOW_WATERMARK_FRACTION = 0.9
+# What one process keeps ready: enough for a prompt of 2,000 tokens of the bundled model, and never much memory.
+_MAX_SPARES = 64
+_MAX_SPARE_BYTES = 64 << 20
 # Of a file system that is smaller than the capacity, or filled by others too: with no byte free, no block could ever replace another.
 _FILE_SYSTEM_FRACTION = 0.9
 
 
 class FileReservation:
-    """An uncommitted block file."""
+    """An uncommitted block: a file without a name. The kernel removes it with its last descriptor, so a dead writer leaves nothing."""
 
-    def __init__(self, key: BlockKey, path: Path, part: Path, descriptor: int) -> None:
+    def __init__(self, key: BlockKey, path: str, descriptor: int) -> None:
         self._key = key
         self._path = path
-        self._part = part
         self._descriptor = descriptor
 
     def write(self, payload: memoryview) -> None:
         """Writes header and payload; raises OSError where shared memory is full."""
         expected_bytes = HEADER_BYTES + len(payload)
-        if os.writev(self._descriptor, [pack_header(self._key, payload), payload]) != expected_bytes:
+        if os.pwritev(self._descriptor, [pack_header(self._key, payload), payload], 0) != expected_bytes:
             raise OSError(errno.ENOSPC, "short write into shared memory")
 
     def commit(self) -> None:
-        """Renames the file into sight; raises OSError where it was given back as stale, or the folder is gone."""
+        """Gives the file its name; nothing where another writer was first. Raises OSError where the folder cannot be written."""
+        with contextlib.suppress(FileExistsError):
+            try:
+                self._link()
+            except FileNotFoundError:  # the namespace's first block
+                os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+                self._link()
         self._close()
-        self._part.rename(self._path)
+
+    def _link(self) -> None:
+        # Any directory descriptor has Python call linkat(2) with AT_SYMLINK_FOLLOW; plain link(2) would link the symbolic link.
+        os.link(f"/proc/self/fd/{self._descriptor}", self._path, src_dir_fd=self._descriptor, follow_symlinks=True)
 
     def abort(self) -> None:
-        """Unlinks the file; after a failed commit too."""
+        """Lets the file go; after a failed commit too."""
         self._close()
-        self._part.unlink(missing_ok=True)
 
     def _close(self) -> None:
         """Once only: a second close might hit a file that another thread has opened since."""
@@ -68,8 +73,7 @@ class ShmStore:
     def __init__(self, folder: Path, *, capacity_bytes: int) -> None:
         self._folder = folder
         self._capacity_bytes = capacity_bytes
-        self._part_numbers = itertools.count()
-        self._part_token = secrets.token_hex(4)  # a process may have several stores, and process ids come again
+        self._spares: deque[tuple[int, int]] = deque()  # payload bytes and descriptor of files whose pages are there already
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -83,18 +87,45 @@ class ShmStore:
 
     def try_reserve(self, key: BlockKey, payload_bytes: int) -> FileReservation | None:
         """An unseen file for one block; None where shared memory has no room or cannot be written."""
-        path = Path(self._path(key))
-        part = path.with_name(f"{path.name}.{os.getpid()}.{self._part_token}.{next(self._part_numbers)}{_PART_SUFFIX}")
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         try:
-            try:
-                descriptor = os.open(part, flags, 0o600)
-            except FileNotFoundError:
-                part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                descriptor = os.open(part, flags, 0o600)
+            spare_bytes, descriptor = self._spares.pop() if self._spares else (payload_bytes, self._make_file())
+            if spare_bytes != payload_bytes:
+                os.ftruncate(descriptor, 0)
         except OSError:
             return None
-        return FileReservation(key, path, part, descriptor)
+        return FileReservation(key, self._path(key), descriptor)
+
+    def _make_file(self) -> int:
+        flags = os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC
+        try:
+            return os.open(self._folder, flags, 0o600)
+        except FileNotFoundError:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return os.open(self._folder, flags, 0o600)
+
+    def add_spare(self, payload_bytes: int) -> bool:
+        """Makes one file with its pages, so that a later put of that size finds them: fresh pages cost more than the copy.
+
+        False where enough are there, or no room is.
+        """
+        if len(self._spares) >= _MAX_SPARES or (len(self._spares) + 1) * payload_bytes > _MAX_SPARE_BYTES:
+            return False
+        try:
+            descriptor = self._make_file()
+        except OSError:
+            return False
+        try:
+            os.posix_fallocate(descriptor, 0, HEADER_BYTES + payload_bytes)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._spares.append((payload_bytes, descriptor))
+        return True
+
+    def close(self) -> None:
+        """Lets the spare files go. Blocks stay."""
+        while self._spares:
+            os.close(self._spares.pop()[1])
 
     def put(self, keys: Sequence[BlockKey], payloads: Sequence[memoryview]) -> list[PutOutcome]:
         """Stores a batch; a block that finds no room is left out."""
@@ -143,17 +174,8 @@ class ShmStore:
             os.unlink(self._path(key))
 
     def evict(self) -> int:
-        """Drops stale unfinished files, then the least recently used blocks down to 90 % once over capacity; O(blocks).
-
-        A full file system counts as over capacity.
-        """
-        blocks: list[tuple[float, int, str]] = []
-        for path, status in self._files():
-            if not path.endswith(_PART_SUFFIX):
-                blocks.append((status.st_mtime, status.st_size, path))
-            # File times are wall-clock times; a step of that clock costs blocks, never correctness.
-            elif time.time() - status.st_mtime > _STALE_PART_S:
-                Path(path).unlink(missing_ok=True)
+        """Drops the least recently used blocks down to 90 % once over capacity; O(blocks). A full file system counts as over capacity."""
+        blocks = [(status.st_mtime, status.st_size, path) for path, status in self._files()]
         if not blocks:
             return 0
         used_bytes = sum(size_bytes for _, size_bytes, _ in blocks)
@@ -171,7 +193,7 @@ class ShmStore:
 
     def stats(self) -> StoreStats:
         """Counts the files; O(blocks)."""
-        sizes = [status.st_size for path, status in self._files() if not path.endswith(_PART_SUFFIX)]
+        sizes = [status.st_size for _, status in self._files()]
         return StoreStats(used_bytes=sum(sizes), capacity_bytes=self._capacity_bytes, blocks=len(sizes))
 
     def destroy(self) -> None:

@@ -67,6 +67,12 @@ class BlockStore(Protocol):
     def quarantine(self, key: BlockKey) -> None:
         """Takes a block out of sight for all readers."""
 
+    def add_spare(self, payload_bytes: int) -> bool:
+        """Prepares room for one more block of that size; False where enough is prepared. Called when nobody waits."""
+
+    def close(self) -> None:
+        """Gives back what this process holds; blocks stay."""
+
     def evict(self) -> int:
         """Brings the store under its capacity, least recently used first; returns the blocks dropped."""
 

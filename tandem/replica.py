@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import grpc.aio
+import uvloop
 from prometheus_client import REGISTRY, start_http_server
 
 from decode_workers.service import DecodeService
@@ -34,6 +35,8 @@ from tandem.worker_state import Stamp, StampKind, WorkerState
 
 logger = logging.getLogger(__name__)
 
+# Changes within this time travel in one message: the tokens that caused them have the processor first.
+_WATCH_MIN_S = 0.02
 _STAMP_KINDS = {
     StampKind.ACCEPTED: worker_pb2.RequestStamp.KIND_ACCEPTED,
     StampKind.FINISHED: worker_pb2.RequestStamp.KIND_FINISHED,
@@ -122,7 +125,7 @@ def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
     faults = Faults.parse(config.engine.faults)
     engine, namespace = _build_engine(config)
     try:
-        asyncio.run(_serve(config, engine, namespace, faults, lifeline_fd))
+        uvloop.run(_serve(config, engine, namespace, faults, lifeline_fd))
     finally:
         engine.close()
 

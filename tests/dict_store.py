@@ -33,8 +33,9 @@ class DictReservation:
         self._stored = pack_header(self._key, payload) + payload
 
     def commit(self) -> None:
-        self._store.blocks[self._key] = self._stored
-        self._store.use(self._key)
+        if self._key not in self._store.blocks:  # the first writer's block stays
+            self._store.blocks[self._key] = self._stored
+            self._store.use(self._key)
 
     def abort(self) -> None:
         self._stored = b""
@@ -57,9 +58,9 @@ class DictStore:
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         return [wanted in self.blocks for wanted in keys]
 
-    def try_reserve(self, wanted: BlockKey, payload_bytes: int) -> DictReservation | None:
+    def try_reserve(self, key: BlockKey, payload_bytes: int) -> DictReservation | None:
         has_room = self.stats().used_bytes + HEADER_BYTES + payload_bytes <= self._max_bytes
-        return DictReservation(self, wanted) if has_room else None
+        return DictReservation(self, key) if has_room else None
 
     def put(self, keys: Sequence[BlockKey], payloads: Sequence[memoryview]) -> list[PutOutcome]:
         return [self._put(wanted, payload) for wanted, payload in zip(keys, payloads, strict=True)]
@@ -89,8 +90,14 @@ class DictStore:
         self.use(wanted)
         return BlockOutcome.HIT
 
-    def quarantine(self, bad: BlockKey) -> None:
-        self.blocks.pop(bad, None)
+    def quarantine(self, key: BlockKey) -> None:
+        self.blocks.pop(key, None)
+
+    def add_spare(self, payload_bytes: int) -> bool:
+        return False
+
+    def close(self) -> None:
+        return
 
     def evict(self) -> int:
         before = len(self.blocks)

@@ -111,7 +111,12 @@ class ShmBench:
         os.utime(self.path(wanted), (used_s, used_s))
 
     def leftovers(self) -> list[str]:
-        return [path.name for folder in (self.folder, self._full_folder) for path in folder.rglob("*") if path.suffix == ".part"]
+        return [
+            path.name
+            for folder in (self.folder, self._full_folder)
+            for path in folder.rglob("*")
+            if path.is_file() and len(path.name) != 64
+        ]
 
 
 BENCHES: dict[str, Callable[[Path], Bench]] = {"dict": DictBench, "shm": ShmBench}
@@ -368,31 +373,43 @@ class TestShmStore:
     def shm(self, tmp_path: Path) -> ShmBench:
         return ShmBench(tmp_path)
 
-    def test_evict_drops_unfinished_files_of_dead_writers_only(self, shm: ShmBench) -> None:
-        store = shm.open()
-        stale, fresh = store.try_reserve(A, 10), store.try_reserve(B, 10)
-        assert stale is not None
-        assert fresh is not None
-        old = next(path for path in shm.folder.rglob("*.part") if A.block_hash.hex() in path.name)
-        os.utime(old, (time.time() - 31.0,) * 2)
-        assert store.evict() == 0
-        assert [B.block_hash.hex() in name for name in shm.leftovers()] == [True]
-        fresh.abort()
-        stale.abort()
+    def test_a_writer_that_dies_leaves_nothing(self, shm: ShmBench) -> None:
+        program = "import sys, os, pathlib; from tests.dict_store import key; from kv_transfer.shm_store import ShmStore\n"
+        program += "store = ShmStore(pathlib.Path(sys.argv[1]), capacity_bytes=1 << 30); store.add_spare(10)\n"
+        program += "store.try_reserve(key(1), 10).write(memoryview(b'0123456789')); os.kill(os.getpid(), 9)"
+        shm.open()
+        subprocess.run([sys.executable, "-c", program, str(shm.folder)], check=False)
+        assert shm.leftovers() == []
+        assert not any(path.is_file() for path in shm.folder.rglob("*"))
 
-    def test_a_block_whose_file_was_given_back_as_stale_is_not_stored(self, shm: ShmBench) -> None:
+    def test_an_aborted_reservation_closes_its_own_file_only(self, shm: ShmBench) -> None:
         store = shm.open()
         late = store.try_reserve(A, len(PAYLOAD))
         assert late is not None
-        next(shm.folder.rglob("*.part")).unlink()
         late.write(memoryview(PAYLOAD))
-        with pytest.raises(FileNotFoundError):
-            late.commit()
-        # The number of the closed file is free again: an abort must not close what has it now.
+        late.abort()
+        # The number of the closed file is free again: a second abort must not close what has it now.
         with tempfile.TemporaryFile() as innocent:
             late.abort()
             innocent.write(b"still open")
         assert store.contains([A]) == [False]
+
+    def test_spare_room_is_used_by_puts_of_its_size_and_of_others(self, shm: ShmBench) -> None:
+        store = shm.open()
+        assert store.add_spare(len(PAYLOAD))
+        assert store.add_spare(len(PAYLOAD) + 1000)
+        assert put(store, A) is PutOutcome.STORED
+        assert put(store, B) is PutOutcome.STORED
+        assert get(store, A) == get(store, B) == (BlockOutcome.HIT, PAYLOAD)
+        store.close()
+
+    def test_spare_room_is_bounded(self, shm: ShmBench) -> None:
+        store = shm.open()
+        made = 0
+        while store.add_spare(1 << 20):
+            made += 1
+        assert made == 64
+        store.close()
 
     def test_a_removed_folder_is_an_empty_store_and_is_made_again(self, shm: ShmBench) -> None:
         store = shm.open()
@@ -453,7 +470,7 @@ class TestFullFileSystem:
         store = ShmStore(small_disk / "left-out", capacity_bytes=ROOMY_BYTES)
         blocks = self.fill(store)
         assert store.stats().blocks == blocks
-        assert not list(small_disk.rglob("*.part"))
+        assert sum(path.is_file() for path in small_disk.rglob("*")) == blocks
         assert get(store, key(0)) == (BlockOutcome.HIT, PAYLOAD)
         store.destroy()
 

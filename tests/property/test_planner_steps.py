@@ -13,7 +13,7 @@ from tests.dict_store import NAMESPACE, DictStore, chain
 
 BLOCK_TOKENS = 4
 MAX_BLOCKS = 8
-SYNC_BLOCKS = 5
+SYNC_BLOCKS = 3
 
 
 @dataclass(eq=False)

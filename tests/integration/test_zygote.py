@@ -1,0 +1,145 @@
+"""The zygote and its supervisor's side: forks, failures and ends. It forks replicas that fail at once, so vLLM is not imported."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.config import EngineConfig, ReplicaConfig
+from tandem.errors import ConfigError, Reason
+from tandem.launch import ZygoteProcess, spawn_replica
+from tests.layers import ROOT
+
+pytestmark = pytest.mark.integration
+
+WAIT_S = 60.0
+PROGRAM = """
+import socket, sys
+from tandem.zygote import Zygote
+with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    listener.bind(sys.argv[1])
+    listener.listen()
+    print("zygote ready", flush=True)
+    Zygote(listener).run()
+"""
+
+
+class Forker:
+    """A zygote that has imported next to nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket_path = folder / "zygote.sock"
+        self.supervisor = ZygoteProcess(folder, folder / "zygote.log")
+
+    async def start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", PROGRAM, str(self.socket_path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+        )
+        assert self.process.stdout is not None
+        assert await self.process.stdout.readline() == b"zygote ready\n"
+
+    async def say(self, request: bytes) -> list[str]:
+        """All lines that come back for one request."""
+        reader, writer = await asyncio.open_unix_connection(self.socket_path)
+        writer.write(request)
+        writer.write_eof()
+        lines = (await reader.read()).decode().splitlines()
+        writer.close()
+        return lines
+
+    def config(self, **engine: Any) -> ReplicaConfig:
+        return ReplicaConfig(
+            replica_id="r-0",
+            role="decode",
+            incarnation=1,
+            served_model="m",
+            engine=replace(EngineConfig(), **engine),
+            runtime_dir=str(self.folder),
+            log_path=str(self.folder / "r-0.log"),
+        )
+
+
+@pytest.fixture
+async def forker(tmp_path: Path) -> AsyncIterator[Forker]:
+    made = Forker(tmp_path)
+    await made.start()
+    yield made
+    if made.process.returncode is None:
+        made.process.kill()
+        await made.process.wait()
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [b"", b"no end of line", b"\n", b"not JSON\n", b"null\n", b"[]\n", b"{}\n", b'{"engine": 1}\n', b"\xff\n", b"x" * 70_000 + b"\n"],
+    ids=["nothing", "unended", "blank", "text", "null", "list", "empty", "bad engine", "bytes", "too long"],
+)
+async def test_a_bad_request_is_answered_and_the_next_one_served(forker: Forker, request_line: bytes) -> None:
+    for _ in range(2):
+        lines = await forker.say(request_line)
+        assert len(lines) == 1
+        assert lines[0].startswith("replica failed bad request to the zygote")
+    assert forker.process.returncode is None
+
+
+async def test_a_caller_that_leaves_at_once_does_no_harm(forker: Forker) -> None:
+    _, writer = await asyncio.open_unix_connection(forker.socket_path)
+    writer.transport.abort()
+    assert (await forker.say(b"{}\n"))[0].startswith("replica failed")
+
+
+async def test_a_replica_that_cannot_start_says_why(forker: Forker) -> None:
+    replica = await forker.supervisor.fork_replica(forker.config(faults="nonsense=1"))
+    with pytest.raises(ConfigError, match="no site 'nonsense'") as caught:
+        await replica.wait_ready()
+    assert caught.value.reason is Reason.START_FAILED
+    await replica.stop()
+
+
+async def test_a_forked_replica_is_reaped_with_its_status(forker: Forker) -> None:
+    lines = await forker.say(f"{forker.config(faults='nonsense=1').to_json()}\n".encode())
+    assert sorted(line.split()[0] for line in lines) == ["exit", "pid", "replica"]
+    assert lines[-1] == "exit 2"
+
+
+async def test_a_replica_that_crashes_leaves_its_words_in_its_log(forker: Forker) -> None:
+    replica = await forker.supervisor.fork_replica(forker.config(faults=3))
+    with pytest.raises(ConfigError, match=r"ended while starting; its log is .*r-0\.log"):
+        await replica.wait_ready()
+    await replica.stop()
+    log = (forker.folder / "r-0.log").read_text()
+    assert "Traceback" in log
+    assert "AttributeError" in log
+
+
+async def test_the_end_of_stdin_ends_it(forker: Forker) -> None:
+    assert forker.process.stdin is not None
+    forker.process.stdin.close()
+    async with asyncio.timeout(WAIT_S):
+        assert await forker.process.wait() == 0
+
+
+async def test_sigterm_ends_it(forker: Forker) -> None:
+    forker.process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(WAIT_S):
+        assert await forker.process.wait() == 0
+
+
+async def test_a_zygote_that_is_gone_is_an_error_that_says_so(tmp_path: Path) -> None:
+    forker = Forker(tmp_path)
+    with pytest.raises(ConfigError, match="no zygote answers at"):
+        await forker.supervisor.fork_replica(forker.config())
+
+
+async def test_a_spawned_replica_that_cannot_start_says_why(tmp_path: Path) -> None:
+    replica = await spawn_replica(Forker(tmp_path).config(faults="nonsense=1"))
+    with pytest.raises(ConfigError, match="no site 'nonsense'"):
+        await replica.wait_ready()
+    await replica.stop()
+    assert replica.exited.done()
