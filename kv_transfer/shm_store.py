@@ -21,6 +21,7 @@ _LOW_WATERMARK_FRACTION = 0.9
 # What one process keeps ready: enough for a prompt of 2,000 tokens of the bundled model, and never much memory.
 _MAX_SPARES = 64
 _MAX_SPARE_BYTES = 64 << 20
+_MIN_FREE_BYTES = 256 << 20
 # Of a file system that is smaller than the capacity, or filled by others too: with no byte free, no block could ever replace another.
 _FILE_SYSTEM_FRACTION = 0.9
 
@@ -76,10 +77,9 @@ class ShmStore:
         self._spares: deque[tuple[int, int]] = deque()  # payload bytes and descriptor of files whose pages are there already
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(self._make_file())  # not every file system has files without a name
         except OSError as error:
             raise ConfigError(f"cannot use {folder} for KV blocks ({error.strerror}): choose another --store-dir") from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"cannot write KV blocks into {folder}: choose another --store-dir")
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which blocks are committed; about 2 us a block."""
@@ -88,11 +88,14 @@ class ShmStore:
     def try_reserve(self, key: BlockKey, payload_bytes: int) -> FileReservation | None:
         """An unseen file for one block; None where shared memory has no room or cannot be written."""
         try:
-            spare_bytes, descriptor = self._spares.pop() if self._spares else (payload_bytes, self._make_file())
-            if spare_bytes != payload_bytes:
-                os.ftruncate(descriptor, 0)
-        except OSError:
-            return None
+            spare_bytes, descriptor = self._spares.pop()
+        except IndexError:
+            try:
+                spare_bytes, descriptor = payload_bytes, self._make_file()
+            except OSError:
+                return None
+        if spare_bytes != payload_bytes:
+            os.ftruncate(descriptor, 0)
         return FileReservation(key, self._path(key), descriptor)
 
     def _make_file(self) -> int:
@@ -106,11 +109,13 @@ class ShmStore:
     def add_spare(self, payload_bytes: int) -> bool:
         """Makes one file with its pages, so that a later put of that size finds them: fresh pages cost more than the copy.
 
-        False where enough are there, or no room is.
+        False where enough are there, or room is short: what one process keeps ready, no other can use.
         """
         if len(self._spares) >= _MAX_SPARES or (len(self._spares) + 1) * payload_bytes > _MAX_SPARE_BYTES:
             return False
         try:
+            if shutil.disk_usage(self._folder).free < _MIN_FREE_BYTES:
+                return False
             descriptor = self._make_file()
         except OSError:
             return False

@@ -25,14 +25,24 @@ _REPLICA_START_S = 300.0
 
 
 class ReplicaProcess:
-    """One running replica: its lifeline and its pid. `exited` resolves when it is gone, for whatever reason."""
+    """One running replica: its lifeline and its pid. `exited` resolves when it is gone, for whatever reason.
 
-    def __init__(self, config: ReplicaConfig, reader: asyncio.StreamReader, lifeline: asyncio.StreamWriter) -> None:
+    `child` is the replica's process where it is this process's own child; the zygote reaps the others.
+    """
+
+    def __init__(
+        self,
+        config: ReplicaConfig,
+        reader: asyncio.StreamReader,
+        lifeline: asyncio.StreamWriter,
+        child: asyncio.subprocess.Process | None = None,
+    ) -> None:
         self.config = config
         self.pid = 0
         self.address = ""
         self._reader = reader
         self._lifeline = lifeline
+        self._child = child
         self.exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def wait_ready(self) -> None:
@@ -85,6 +95,8 @@ class ReplicaProcess:
             except TimeoutError:
                 os.kill(self.pid, signal.SIGKILL)
                 await self.exited
+        if self._child is not None:
+            await self._child.wait()
         self._lifeline.close()
 
 
@@ -107,7 +119,7 @@ async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
             env=environment,
             start_new_session=True,
         )
-    replica = ReplicaProcess(config, *await asyncio.open_connection(sock=ours))
+    replica = ReplicaProcess(config, *await asyncio.open_connection(sock=ours), child=process)
     replica._watch(process.pid)
     return replica
 

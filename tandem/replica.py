@@ -74,6 +74,7 @@ class WorkerService:
                 lease = self._state.lease
                 await call.write(message)
                 sequence += 1
+                await asyncio.sleep(_WATCH_MIN_S)
                 stamps = await watcher.changed(self._watch_interval_s)
 
     def load(self) -> WorkerLoad:
