@@ -157,6 +157,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Builds loader and publisher over the engine's tensors."""
         tensors = KvTensors(kv_caches)
+        tensors.touch()
         notices = NoticeSender(self._options.notice_path)
         totals = TransferTotals()
         self._loader = Loader(tensors, self._store, self._namespace, notices, totals)

@@ -440,10 +440,11 @@ class TestShmStore:
         store.evict()
         assert len(os.listdir("/proc/self/fd")) == before
 
-    def test_a_folder_that_cannot_be_made_is_told_with_what_to_do(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("place", ["file/store", "/proc/store", "/proc"])
+    def test_a_folder_that_cannot_hold_blocks_is_told_with_what_to_do(self, tmp_path: Path, place: str) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(ConfigError, match="choose another --store-dir"):
-            ShmStore(tmp_path / "file" / "store", capacity_bytes=1)
+            ShmStore(tmp_path / place, capacity_bytes=1)
 
 
 @pytest.fixture(scope="module")
@@ -479,6 +480,11 @@ class TestFullFileSystem:
         blocks = self.fill(store)
         assert 0 < store.evict() < blocks
         assert put(store, key(blocks)) is PutOutcome.STORED
+        store.destroy()
+
+    def test_no_room_is_kept_ready_where_room_is_short(self, small_disk: Path) -> None:
+        store = ShmStore(small_disk / "short", capacity_bytes=ROOMY_BYTES)
+        assert not store.add_spare(1)
         store.destroy()
 
     def test_a_store_that_fills_it_is_room_for_the_next_replica(self, small_disk: Path) -> None:
