@@ -37,7 +37,8 @@ class KvTensors:
     def gather(self, block_ids: Sequence[int], rows: Sequence[Bytes]) -> None:
         """Copies each block into its row of `block_bytes` bytes."""
         if not self._is_host:
-            self._gather_device(block_ids, rows)
+            if block_ids:  # an index of nothing has no integer type
+                self._gather_device(block_ids, rows)
             return
         start = 0
         for view, layer_bytes in zip(self._host, self._layer_bytes, strict=True):
@@ -49,7 +50,8 @@ class KvTensors:
     def scatter(self, block_ids: Sequence[int], rows: Sequence[Bytes]) -> None:
         """Copies each row into its block."""
         if not self._is_host:
-            self._scatter_device(block_ids, rows)
+            if block_ids:
+                self._scatter_device(block_ids, rows)
             return
         start = 0
         for view, layer_bytes in zip(self._host, self._layer_bytes, strict=True):

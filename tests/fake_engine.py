@@ -49,10 +49,11 @@ class WordText:
             word = "" if is_stop_token and number == len(token_ids) else f"w{token_id} "
             self._words.append(word)
             self._text += word
-            stop_string = next((stop for stop in self._sampling.stop if stop in self._text), None)
-            if stop_string is not None and len(self._words) > self._sampling.min_tokens:
-                self._text = self._text[: self._text.index(stop_string)]
-                return stop_string
+            for stop in self._sampling.stop if len(self._words) > self._sampling.min_tokens else ():
+                found = self._text.find(stop, max(0, len(self._text) - len(word) - len(stop) + 1))
+                if found >= 0:
+                    self._text = self._text[:found]
+                    return stop
         return None
 
     def kept_tokens(self) -> int:
@@ -88,6 +89,7 @@ class FakeEngine:
         self.error: TandemError | None = None
         self.publish_error: TandemError | None = None
         self.abort_reason: FinishReason | None = None
+        self.breaks_off_after: int | None = None
         self._kept: dict[str, EngineRequest] = {}
         self._generating: set[str] = set()
 
@@ -110,7 +112,7 @@ class FakeEngine:
                 raise self.error
             tokens: tuple[int, ...] = ()
             finish_reason: FinishReason | None = None
-            while finish_reason is None:
+            while finish_reason is None and (self.breaks_off_after is None or len(tokens) < self.breaks_off_after):
                 await self.gate.wait()
                 new, finish_reason, stop_reason = ((), self.abort_reason, None) if self.abort_reason else self._step(request, tokens)
                 tokens += new

@@ -5,9 +5,11 @@ Must not be imported where vLLM is not installed.
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
+from vllm.model_executor.models import ModelRegistry
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -62,6 +65,8 @@ class VllmEngine:
         self._stats = _LatestStats()
         is_cpu = not torch.cuda.is_available()
         folder = resolve_model(config.model)
+        if is_cpu:
+            _register_in_process(folder)
         transfer = None
         if link is not None:
             name, module, settings = link.connector()
@@ -191,6 +196,16 @@ class VllmEngine:
         del self._llm  # its __del__ fails once the interpreter is going down
         if self._link is not None:
             self._link.close()
+
+
+def _register_in_process(folder: Path) -> None:
+    """Loads the model's class here: otherwise vLLM inspects it in a process of its own, which imports vLLM anew, on a user's first start.
+
+    vLLM does that to keep CUDA out of a process that will fork; on CPU nothing is gained by it.
+    """
+    for architecture in json.loads((folder / "config.json").read_text()).get("architectures") or ():
+        if architecture in ModelRegistry.models:
+            ModelRegistry.register_model(architecture, ModelRegistry.models.pop(architecture).load_model_cls())
 
 
 class _LatestStats(StatLoggerBase):

@@ -1,0 +1,124 @@
+"""What text of one choice keeps to, for vLLM's detokeniser as we use it and for the fake that other tests use."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tandem.domain import Sampling
+from tandem.engine.base import OutputText
+from tandem.engine.model_files import bundled_model_path
+from tests.fake_engine import WordText
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An implementation, and some tokens with the text of each."""
+
+    make: Callable[[Sampling], OutputText]
+    token_ids: tuple[int, ...]
+    words: tuple[str, ...]
+    tokenizer: Any = None
+
+
+def fake_bench() -> Bench:
+    return Bench(WordText, (11, 12, 13, 14, 15), ("w11 ", "w12 ", "w13 ", "w14 ", "w15 "))
+
+
+def vllm_bench() -> Bench:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, at import
+        from transformers import AutoTokenizer
+
+        from tandem.engine.output_text import VllmOutputText
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    token_ids = tuple(tokenizer.encode(" for statement is used to"))
+    words = tuple(tokenizer.decode([token_id]) for token_id in token_ids)
+    assert words == (" for", " statement", " is", " used", " to")
+    return Bench(lambda sampling: VllmOutputText(tokenizer, (1, 2, 3), sampling), token_ids, words, tokenizer)
+
+
+@pytest.fixture(scope="module", params=[fake_bench, vllm_bench], ids=["fake", "vllm"])
+def bench(request: pytest.FixtureRequest) -> Bench:
+    made: Bench = request.param()
+    return made
+
+
+def added(text: OutputText, *groups: tuple[int, ...]) -> list[str | None]:
+    return [text.add(group, is_stop_token=False) for group in groups]
+
+
+def test_text_does_not_depend_on_how_tokens_are_grouped(bench: Bench) -> None:
+    one, all_at_once = bench.make(Sampling()), bench.make(Sampling())
+    taken = []
+    for token_id in bench.token_ids:
+        assert added(one, (token_id,)) == [None]
+        taken.append(one.take(is_finished=False))
+    assert tuple(taken) == bench.words
+    assert added(all_at_once, bench.token_ids) == [None]
+    assert all_at_once.take(is_finished=True) == "".join(bench.words)
+    assert one.kept_tokens() == all_at_once.kept_tokens() == 5
+
+
+def test_text_is_taken_once(bench: Bench) -> None:
+    text = bench.make(Sampling())
+    added(text, bench.token_ids[:2])
+    assert text.take(is_finished=False) == "".join(bench.words[:2])
+    assert text.take(is_finished=False) == text.take(is_finished=True) == ""
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_a_stop_string_over_two_tokens_ends_the_text_before_it(bench: Bench, is_grouped: bool) -> None:
+    stop = bench.words[1][-2:] + bench.words[2][:2]
+    text = bench.make(Sampling(stop=("never", stop)))
+    groups = [bench.token_ids] if is_grouped else [(token_id,) for token_id in bench.token_ids[:3]]
+    assert added(text, *groups)[-1] == stop
+    assert text.kept_tokens() == 3
+    assert text.take(is_finished=True) == (bench.words[0] + bench.words[1])[:-2]
+
+
+def test_text_that_may_become_a_stop_string_is_held_back(bench: Bench) -> None:
+    text = bench.make(Sampling(stop=("12345",)))
+    added(text, bench.token_ids[:2])
+    so_far = "".join(bench.words[:2])
+    assert text.take(is_finished=False) == so_far[:-4]
+    assert text.take(is_finished=True) == so_far[-4:]
+
+
+def test_a_stop_token_counts_and_has_no_text(bench: Bench) -> None:
+    text = bench.make(Sampling())
+    assert text.add(bench.token_ids[:3], is_stop_token=True) is None
+    assert text.take(is_finished=True) == "".join(bench.words[:2])
+    assert text.kept_tokens() == 3
+
+
+@pytest.mark.parametrize("min_tokens", [0, 2, 3])
+def test_a_stop_string_within_the_least_tokens_is_no_stop(bench: Bench, min_tokens: int) -> None:
+    text = bench.make(Sampling(stop=(bench.words[1].strip(),), min_tokens=min_tokens))
+    stops = added(text, *[(token_id,) for token_id in bench.token_ids])
+    assert any(stops) == (min_tokens < 2)
+
+
+def test_text_of_resumed_tokens_can_be_passed_over(bench: Bench) -> None:
+    text = bench.make(Sampling())
+    added(text, bench.token_ids[:2])
+    text.take(is_finished=False)
+    added(text, bench.token_ids[2:])
+    assert text.take(is_finished=False) == "".join(bench.words[2:])
+    assert text.kept_tokens() == 5
+
+
+def test_half_a_character_is_held_back() -> None:
+    bench = vllm_bench()  # the fake's tokens are whole words
+    text = bench.make(Sampling())
+    taken = []
+    for token_id in bench.tokenizer.encode("日本"):
+        added(text, (token_id,))
+        taken.append(text.take(is_finished=False))
+    assert [part for part in taken if part] == ["日", "本"]
+    assert taken[0] == ""
