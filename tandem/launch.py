@@ -5,6 +5,7 @@ Every process is known by pid and ended by whoever started it; nothing outlives 
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -18,6 +19,8 @@ from tandem.config import ReplicaConfig
 from tandem.engine.environment import set_engine_environment
 from tandem.errors import ConfigError, Reason
 from tandem.parenthood import die_with_parent
+
+logger = logging.getLogger(__name__)
 
 _STOP_S = 10.0
 _ZYGOTE_START_S = 120.0
@@ -169,11 +172,12 @@ class ZygoteProcess:
         raise ConfigError(f"the zygote ended while starting: {_tail(self._log_path)}", reason=Reason.START_FAILED)
 
     async def fork_replica(self, config: ReplicaConfig) -> ReplicaProcess:
-        """Has it fork a replica; `wait_ready` tells when it serves. Raises ConfigError where the zygote is gone."""
+        """Has it fork a replica, or spawns one where the zygote is gone; `wait_ready` tells when it serves."""
         try:
             reader, lifeline = await asyncio.open_unix_connection(self._socket_path)
         except OSError as error:
-            raise ConfigError(f"no zygote answers at {self._socket_path} ({error.strerror})", reason=Reason.START_FAILED) from error
+            logger.warning("zygote_gone replica_id=%s error=%s", config.replica_id, error)
+            return await spawn_replica(config)
         lifeline.write(f"{config.to_json()}\n".encode())
         return ReplicaProcess(config, reader, lifeline)
 

@@ -131,10 +131,14 @@ async def test_sigterm_ends_it(forker: Forker) -> None:
         assert await forker.process.wait() == 0
 
 
-async def test_a_zygote_that_is_gone_is_an_error_that_says_so(tmp_path: Path) -> None:
-    forker = Forker(tmp_path)
-    with pytest.raises(ConfigError, match="no zygote answers at"):
-        await forker.supervisor.fork_replica(forker.config())
+async def test_a_replica_is_spawned_where_the_zygote_is_gone(forker: Forker) -> None:
+    forker.process.kill()
+    await forker.process.wait()
+    replica = await forker.supervisor.fork_replica(forker.config(faults="nonsense=1"))
+    assert replica.pid > 0
+    with pytest.raises(ConfigError, match="no site 'nonsense'"):
+        await replica.wait_ready()
+    await replica.stop()
 
 
 async def test_a_spawned_replica_that_cannot_start_says_why(tmp_path: Path) -> None:
