@@ -126,6 +126,7 @@ async def test_the_end_of_stdin_ends_it(forker: Forker) -> None:
 
 
 async def test_sigterm_ends_it(forker: Forker) -> None:
+    await forker.say(b"{}\n")  # it runs
     forker.process.send_signal(signal.SIGTERM)
     async with asyncio.timeout(WAIT_S):
         assert await forker.process.wait() == 0
