@@ -1,6 +1,6 @@
 """`tandem up`: zygote, replicas and a router on this machine, supervised until Ctrl-C, then nothing of it left.
 
-This is the whole platform without Ray; issue 2's control plane starts the same programs.
+Knows what runs and restarts what dies; decides nothing about load. Starts the programs that a cluster starts too.
 """
 
 import asyncio
