@@ -28,7 +28,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def up(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts `tandem up` and waits until it is ready; kills what a failed test leaves."""
+    """Starts `tandem up` and waits until it is ready; stops what a test leaves running."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
@@ -42,8 +42,12 @@ def up(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[s
 
     yield start
     for process in started:
-        process.kill()
-        process.wait()
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         assert process.stdout is not None
         process.stdout.close()
 
