@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tandem.convert import lease_from_pb, load_from_pb, role_from_pb
-from tandem.domain import Lease, ModelId, Role, WorkerLoad
+from tandem.domain import Lease, ModelId, ReplicaTarget, WorkerLoad
 from tandem.v1 import control_pb2, inference_pb2
 from tandem.wire import from_message
 
@@ -28,16 +28,6 @@ class ReplicaStatus:
     load: WorkerLoad
     is_reachable: bool
     predicted_work_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaTarget:
-    """How many replicas of a role are wanted; `expires_in_s` is 0 where the target stays."""
-
-    model: ModelId
-    role: Role
-    replicas: int
-    expires_in_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -272,6 +272,16 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaTarget:
+    """How many replicas of a role are wanted; `expires_in_s` is 0 where the target stays."""
+
+    model: ModelId
+    role: Role
+    replicas: int
+    expires_in_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedWorker:
     """One worker of a plan."""
 
