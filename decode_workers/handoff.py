@@ -21,12 +21,16 @@ Channels = Callable[[str], grpc.aio.Channel]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefilled:
-    """The first token, by whom, and what it took: seconds and prompt tokens that were cached there."""
+    """The first token, by whom, and what it took: seconds and prompt tokens that were cached there.
+
+    `store_address` is the store service that holds the prompt's blocks; empty where that worker's node has none.
+    """
 
     worker: PlannedWorker
     output: EngineOutput
     prefill_s: float
     cached_tokens: int
+    store_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,13 @@ def _prefilled(worker: PlannedWorker, response: worker_pb2.PrefillResponse) -> P
         stop_reason=first.stop_reason or None,
         cached_tokens=first.cached_tokens,
     )
-    return Prefilled(worker=worker, output=output, prefill_s=first.prefill_s, cached_tokens=first.cached_tokens)
+    return Prefilled(
+        worker=worker,
+        output=output,
+        prefill_s=first.prefill_s,
+        cached_tokens=first.cached_tokens,
+        store_address=first.store_address,
+    )
 
 
 def _to_pb(request: Request, plan: Plan, worker: PlannedWorker, attempt: int) -> worker_pb2.PrefillRequest:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from decode_workers.choice import Choice, first_output
 from decode_workers.handoff import Channels, Prefilled, prefill_elsewhere
+from decode_workers.remote_blocks import RemoteBlocks, RemoteHandoff
 from tandem.convert import chunk_to_pb, plan_from_pb, receipt_to_pb, request_from_worker_pb
 from tandem.domain import Chunk, Plan, Receipt, Request, Usage
 from tandem.engine.base import Engine, EngineRequest
@@ -53,14 +54,23 @@ class _Stream:
 class DecodeService:
     """Serves generation on one replica. `channels` gives a channel to another worker by address.
 
-    `publish_wait_s` bounds how long decode waits for a prefill worker's blocks after its token.
+    `publish_wait_s` bounds how long decode waits for a prefill worker's blocks after its token; `remote_blocks` gets those of other nodes.
     """
 
-    def __init__(self, engine: Engine, state: WorkerState, channels: Channels, *, publish_wait_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        state: WorkerState,
+        channels: Channels,
+        *,
+        publish_wait_s: float,
+        remote_blocks: RemoteBlocks | None = None,
+    ) -> None:
         self._engine = engine
         self._state = state
         self._channels = channels
         self._publish_wait_s = publish_wait_s
+        self._remote_blocks = remote_blocks
 
     async def generate(self, message: worker_pb2.WorkerGenerateRequest, call: ServerCall) -> None:
         """Writes the request's tokens from its first position on; the receipt comes as trailing metadata. Raises TandemError."""
@@ -105,8 +115,10 @@ class DecodeService:
         handoff = prefill_elsewhere(
             stream.request, stream.plan, stream.attempt, stream.deadline, self._channels, publish_wait_s=self._publish_wait_s
         )
-        async with contextlib.aclosing(handoff) as events:
-            async for event in events:
+        remote: RemoteHandoff | None = None
+        published_blocks: int | None = None
+        async with contextlib.AsyncExitStack() as stack:
+            async for event in await stack.enter_async_context(contextlib.aclosing(handoff)):
                 if isinstance(event, Prefilled):
                     stream.prefilled = event
                     stream.cached_tokens = event.cached_tokens
@@ -114,8 +126,16 @@ class DecodeService:
                     await self._send(stream, stream.choices[0].add(first_output(event.output)))
                     if stream.is_finished:
                         return
+                    if self._remote_blocks is not None:
+                        remote = self._remote_blocks.start(stream.request, event, stream.deadline)
+                    if remote is not None:
+                        await stack.enter_async_context(contextlib.aclosing(remote))
                 else:
+                    published_blocks = event.blocks
                     stream.published_s = time.monotonic()
+            if remote is not None:
+                await remote.finish(published_blocks)
+                stream.published_s = time.monotonic()
         if stream.prefilled is None:
             self._state.must_prefill(stream.run, stream.request.total_tokens)
 

@@ -173,6 +173,13 @@ class ShmStore:
         self.quarantine(key)
         return BlockOutcome.CORRUPT
 
+    def payload_bytes(self, key: BlockKey) -> int | None:
+        """Size of a held block without its header; None where it is not held. A damaged one may have any size."""
+        try:
+            return max(0, os.stat(self._path(key)).st_size - HEADER_BYTES)
+        except OSError:
+            return None
+
     def quarantine(self, key: BlockKey) -> None:
         """Unlinks the block, so that nobody reads it again."""
         with contextlib.suppress(OSError):

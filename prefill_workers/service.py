@@ -45,7 +45,8 @@ class PrefillService:
     async def _run(self, request: EngineRequest, run: Run, call: ServerCall) -> None:
         started_s = time.monotonic()
         output = await self._first_output(request)
-        await call.write(worker_pb2.PrefillResponse(first_token=_first_token(output, time.monotonic() - started_s)))
+        first_token = _first_token(output, time.monotonic() - started_s, self._state.lease.store_address)
+        await call.write(worker_pb2.PrefillResponse(first_token=first_token))
         self._state.prefilled(run)
         self._state.generated(run, 1)
         remaining_s = call.time_remaining_s()
@@ -74,7 +75,7 @@ def _to_engine_request(request: worker_pb2.PrefillRequest, run: Run) -> EngineRe
     )
 
 
-def _first_token(output: EngineOutput, prefill_s: float) -> worker_pb2.FirstToken:
+def _first_token(output: EngineOutput, prefill_s: float, store_address: str) -> worker_pb2.FirstToken:
     stopped = output.finish_reason is FinishReason.STOP
     return worker_pb2.FirstToken(
         token_id=output.token_ids[0],
@@ -83,4 +84,5 @@ def _first_token(output: EngineOutput, prefill_s: float) -> worker_pb2.FirstToke
         stop_reason=output.stop_reason or "",
         cached_tokens=output.cached_tokens,
         prefill_s=prefill_s,
+        store_address=store_address,
     )

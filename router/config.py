@@ -19,6 +19,7 @@ class RouterConfig:
     retry_budget: int = 2  # further decode workers after the first
     retry_hold_s: float = 0.5  # before a replica that failed a request may have it again, if there is no other
     no_replica_wait_s: float = 5.0  # a replica restart takes 2 s from the zygote
+    cold_start_wait_s: float = 60.0  # where an autoscaler will start one: a large model on a GPU loads in about this
     handoff_min_tokens: int | None = None  # None: 2 blocks; below, a hand-off ships at most one block and saves nothing
     max_prefill_candidates: int = 3  # what a decode worker can fall back on by itself
     max_prefix_blocks: int = 200_000  # about 50 MB of router memory, 6.4 million tokens of 32-token blocks
@@ -33,7 +34,7 @@ class RouterConfig:
         for name in ("max_queued_requests", "max_running_requests", "max_prefill_candidates", "max_prefix_blocks", "default_output_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("retry_budget", "retry_hold_s", "no_replica_wait_s", "stamp_settle_s"):
+        for name in ("retry_budget", "retry_hold_s", "no_replica_wait_s", "cold_start_wait_s", "stamp_settle_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("tick_s", "watch_silence_s", "reconnect_max_s"):

@@ -11,7 +11,7 @@ Booking is at dispatch, release at the end of the attempt. Mutate only through t
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
 from router.admission import Admission
@@ -25,7 +25,7 @@ from router.predict import Predictor
 from router.prefix_index import Holder, PrefixIndex
 from router.receipts import learn
 from router.tracked import Tracked
-from tandem.domain import BlockHash, Lease, Receipt, ReplicaId, Request, RequestId, WorkerLoad
+from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
 from tandem.errors import DeadlineError, InvalidRequestError, Reason, TandemError, UnavailableError
 
 # Ids that ended within the settle time; beyond 2,000 requests/s the oldest are forgotten, which costs a wrong count for a moment.
@@ -71,6 +71,21 @@ class RouterCore:
     def replicas(self) -> list[ReplicaStatus]:
         """Reachable replicas, by id."""
         return [self._status(lease) for lease in self._fleet.leases]
+
+    def is_served(self, model: ModelId) -> bool:
+        """Whether a replica of the model takes requests now."""
+        return any(self._fleet.ready(model, role) for role in Role)
+
+    def waiting_work(self) -> dict[ModelId, tuple[int, float]]:
+        """By model: requests that wait here and the predicted seconds of their prefill. O(waiting)."""
+        work: dict[ModelId, tuple[int, float]] = {}
+        for request_id in self._admission.waiting():
+            tracked = self._requests[request_id]
+            requests, work_s = work.get(tracked.request.model, (0, 0.0))
+            tokens = tracked.total_tokens
+            own_s = self._predictor.prefill_s(tracked.request.model, uncached_tokens=tokens, context_tokens=tokens)
+            work[tracked.request.model] = (requests + 1, work_s + own_s)
+        return work
 
     # Events of requests.
 
@@ -155,6 +170,10 @@ class RouterCore:
 
     # Events of replicas and of time.
 
+    def models_held(self, models: Iterable[ModelId]) -> None:
+        """Models for which somebody starts replicas on demand: their requests may wait for that."""
+        self._fleet.hold(models)
+
     def replica_seen(self, lease: Lease, now_s: float) -> list[Instruction]:
         """A lease, new or changed. A newer incarnation ends the older one; an older one is ignored."""
         if self._fleet.is_stale(lease):
@@ -185,13 +204,14 @@ class RouterCore:
         instructions: list[Instruction] = []
         for request_id in self._admission.expired(now_s):
             instructions.append(self._refuse(self._requests[request_id], DeadlineError("queue"), now_s))
-        wait_s = self._config.no_replica_wait_s
         for request_id in self._admission.waiting():
             tracked = self._requests[request_id]
+            is_held = self._fleet.is_held(tracked.request.model)
+            wait_s = self._config.cold_start_wait_s if is_held else self._config.no_replica_wait_s
             unserved_s = self._fleet.unserved_s(tracked.request.model, now_s)
             if unserved_s is not None and min(unserved_s, now_s - tracked.queued_since_s) >= wait_s:
                 message = f"no replica of model {tracked.request.model!r} has been ready for {unserved_s:.1f} s"
-                error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=wait_s)
+                error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=self._config.no_replica_wait_s)
                 instructions.append(self._refuse(tracked, error, now_s))
         self._ledger.expire(now_s)
         self._forget_ended(now_s)

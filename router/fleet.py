@@ -3,6 +3,8 @@
 Must not count work (`ledger.py`) or choose (`placement.py`).
 """
 
+from collections.abc import Iterable
+
 from tandem.domain import Lease, ModelId, ReplicaId, ReplicaState, Role
 from tandem.errors import InvalidRequestError, NotFoundError, Reason, UnavailableError
 
@@ -16,6 +18,22 @@ class Fleet:
         self._leases: dict[ReplicaId, Lease] = {}
         self._models: dict[ModelId, Lease] = {}
         self._unserved_since_s: dict[ModelId, float] = {}
+        self._held: frozenset[ModelId] = frozenset()
+
+    def hold(self, models: Iterable[ModelId]) -> None:
+        """Models whose requests may wait for a replica to be started; the register names them all each time."""
+        self._held = frozenset(models)
+
+    def is_held(self, model: ModelId) -> bool:
+        """Whether somebody will start a replica of the model."""
+        return model in self._held
+
+    def awaited(self, model: str) -> ModelId | None:
+        """The model that `model` ("": the only one) names where it is held and no replica of it has been seen yet, else None."""
+        named = [name for name in self._held if not model or name == model]
+        if len(named) != 1 or named[0] in self._models or (not model and self._models):
+            return None
+        return named[0]
 
     @property
     def leases(self) -> tuple[Lease, ...]:
@@ -24,7 +42,12 @@ class Fleet:
 
     @property
     def models(self) -> tuple[ModelId, ...]:
-        """Models that are or were served, by name."""
+        """Models that are or were served, or are to be, by name."""
+        return tuple(sorted({*self._models, *self._held}))
+
+    @property
+    def seen_models(self) -> tuple[ModelId, ...]:
+        """Models of which a replica has been seen, by name."""
         return tuple(sorted(self._models))
 
     def get(self, replica_id: ReplicaId) -> Lease | None:
@@ -57,6 +80,10 @@ class Fleet:
         """Replicas that take new requests, by id."""
         return [lease for lease in self.leases if lease.model == model and lease.role is role and lease.state is ReplicaState.READY]
 
+    def last_lease(self, model: ModelId) -> Lease | None:
+        """The lease of any replica of the model, the last one seen; None where none was."""
+        return self._models.get(model)
+
     def unserved_s(self, model: ModelId, now_s: float) -> float | None:
         """Seconds for which no replica of the model has been ready; None where one is."""
         since_s = self._unserved_since_s.get(model)
@@ -67,16 +94,20 @@ class Fleet:
 
         Raises UnavailableError where no model is known at all, NotFoundError or InvalidRequestError naming the models.
         """
-        if not self._models:
+        if not self._models and not self._held:
             raise UnavailableError("no worker has reported to this router yet", reason=Reason.NO_REPLICA, retry_after_s=1.0)
         names = ", ".join(self.models)
         if model:
             lease = self._models.get(ModelId(model))
+            if lease is None and ModelId(model) in self._held:
+                raise UnavailableError(f"no replica of model {model!r} has started yet", reason=Reason.NO_REPLICA, retry_after_s=1.0)
             if lease is None:
                 raise NotFoundError(f"model {model!r} is not served; served are: {names}", reason=Reason.UNKNOWN_MODEL, field="model")
             return lease
-        if len(self._models) > 1:
+        if len(self.models) > 1:
             raise InvalidRequestError("model", f"must name one of: {names}")
+        if not self._models:
+            raise UnavailableError(f"no replica of model {names!r} has started yet", reason=Reason.NO_REPLICA, retry_after_s=1.0)
         return next(iter(self._models.values()))
 
     def _note_served(self, now_s: float) -> None:

@@ -5,6 +5,7 @@ Must not choose workers or re-encode tokens. Whatever way it ends, its ticket is
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from router.instructions import Dispatch
 from router.receipts import Timeline, complete_receipt
@@ -15,7 +16,7 @@ from tandem.convert import chunk_to_pb, finish_reason_from_pb, receipt_from_pb, 
 from tandem.deadline import Deadline
 from tandem.domain import BlockHash, Chunk, EngineInfo, FinishReason, Receipt, Request, Usage
 from tandem.errors import CancelledRequestError, EngineError, TandemError
-from tandem.rpc import ServerCall, open_stream, parse_answer
+from tandem.rpc import open_stream, parse_answer
 from tandem.session import StreamJoiner
 from tandem.v1 import common_pb2, inference_pb2
 
@@ -23,11 +24,18 @@ _GENERATE = "tandem.v1.Worker/Generate"
 _BROKEN_OFF = (FinishReason.ERROR, FinishReason.ABORT)
 
 
+class TokenSink(Protocol):
+    """Where a request's messages go."""
+
+    async def write(self, payload: bytes, /) -> None:
+        """Takes one serialised GenerateResponse; raises CancelledRequestError where its reader has gone."""
+
+
 class Relay:
     """Serves one request on one call. `arrived_s` is by the shell's clock."""
 
     def __init__(
-        self, shell: RouterShell, workers: Workers, call: ServerCall, request: Request, engine: EngineInfo, *, arrived_s: float
+        self, shell: RouterShell, workers: Workers, call: TokenSink, request: Request, engine: EngineInfo, *, arrived_s: float
     ) -> None:
         self._shell = shell
         self._workers = workers
@@ -113,7 +121,7 @@ class Relay:
             return False
         usage = Usage(prompt_tokens=len(self._request.prompt_token_ids), output_tokens=position, cached_tokens=0)
         end = Chunk(first_position=position, finish_reason=FinishReason.LENGTH, usage=usage)
-        await self._call.write(chunk_to_pb(end))
+        await self._call.write(chunk_to_pb(end).SerializeToString())
         return True
 
     def _note_dispatch(self) -> None:

@@ -3,90 +3,61 @@
 Must not route or count by itself: calls go through the shell. Errors leave as TandemError; `rpc.py` puts them on the wire.
 """
 
-import asyncio
 from collections.abc import Mapping
 
 import grpc
 
-from router.relay import Relay
-from router.request_reader import hash_prompt, read_request
+from router.frontend import Frontend
+from router.register_view import RegisterView
 from router.shell import RouterShell
-from router.tokenizer import Tokenizers
 from router.workers import Workers
-from tandem.convert import lease_to_pb, load_to_pb, receipt_to_pb
-from tandem.deadline import Deadline
-from tandem.domain import ModelId, Receipt, Role
-from tandem.errors import NotBuiltError, Reason, TandemError
+from tandem.convert import lease_to_pb, load_to_pb, receipt_to_pb, role_from_pb, role_to_pb
+from tandem.domain import Lease, ModelId, PlannedWorker, ReplicaId, ReplicaTarget, Request, Role
+from tandem.errors import InvalidRequestError, NotBuiltError, NotFoundError, PreconditionError, Reason
 from tandem.rpc import ServerCall, service
-from tandem.v1 import control_pb2, inference_pb2, router_pb2
+from tandem.rpc import call as rpc_call
+from tandem.v1 import common_pb2, control_pb2, inference_pb2, router_pb2, worker_pb2
 
-_UNKNOWN_MODEL = "unknown"  # a label must not be what a client made up
+_DRAIN_S = 5.0
+_MAX_EXPIRY_S = 366 * 86_400.0
+
+
+class _GrpcCall:
+    """A gRPC call as the frontend sees it."""
+
+    def __init__(self, call: ServerCall) -> None:
+        self.time_remaining_s = call.time_remaining_s
+        self.write = call.write
+
+    async def accept(self, request: Request, lease: Lease) -> None:
+        """Nothing: gRPC clients are told by the tokens."""
 
 
 class InferenceService:
     """What clients call."""
 
-    def __init__(self, shell: RouterShell, workers: Workers, tokenizers: Tokenizers) -> None:
+    def __init__(self, shell: RouterShell, frontend: Frontend) -> None:
         self._shell = shell
-        self._workers = workers
-        self._tokenizers = tokenizers
+        self._frontend = frontend
 
     async def generate(self, message: inference_pb2.GenerateRequest, call: ServerCall) -> None:
         """Streams one request's tokens; its receipt goes into the trailing metadata. Raises TandemError."""
-        arrived_s = self._shell.clock()
-        deadline = Deadline(call.time_remaining_s())
-        model, outcome, relay = _UNKNOWN_MODEL, str(Reason.BUG), None
-        metrics = self._shell.metrics
-        try:
-            with self._shell.call():
-                deadline.remaining_s("arrival")
-                lease = await self._shell.lease_for(message.model, deadline)
-                model = lease.model
-                request = await read_request(message, lease, self._tokenizers)
-                block_hashes = await hash_prompt(request, lease.engine.block_size_tokens)
-                metrics.prompt_tokens.labels(model).inc(len(request.prompt_token_ids))
-                relay = Relay(self._shell, self._workers, call, request, lease.engine, arrived_s=arrived_s)
-                receipt = await relay.run(block_hashes, deadline)
-            call.set_receipt(receipt_to_pb(receipt))
-            self._observe(lease.model, receipt)
-            outcome = "ok"
-        except TandemError as error:
-            outcome = error.reason
-            raise
-        except asyncio.CancelledError:
-            outcome = Reason.CLIENT_CANCELLED
-            raise
-        finally:
-            metrics.requests.labels(model, outcome).inc()
-            if relay is not None:
-                metrics.output_tokens.labels(model).inc(relay.sent_tokens)
+        call.set_receipt(receipt_to_pb(await self._frontend.generate(message, _GrpcCall(call))))
 
     async def list_models(self, message: inference_pb2.ListModelsRequest, call: ServerCall) -> inference_pb2.ListModelsResponse:
         """Models that are or were served, with how many replicas are ready now."""
         fleet = self._shell.core.fleet
         models = []
         for model in fleet.models:
-            lease = fleet.lease_for(model)
-            models.append(
-                inference_pb2.Model(
-                    id=model,
-                    context_tokens=lease.engine.context_tokens,
-                    block_size_tokens=lease.engine.block_size_tokens,
-                    prefill_replicas=len(fleet.ready(model, Role.PREFILL)),
-                    decode_replicas=len(fleet.ready(model, Role.DECODE)),
-                    namespace=lease.namespace,
-                )
+            card = inference_pb2.Model(
+                id=model, prefill_replicas=len(fleet.ready(model, Role.PREFILL)), decode_replicas=len(fleet.ready(model, Role.DECODE))
             )
+            lease = fleet.last_lease(model)
+            if lease is not None:  # else no replica of it has been started yet
+                card.context_tokens, card.block_size_tokens = lease.engine.context_tokens, lease.engine.block_size_tokens
+                card.namespace = lease.namespace
+            models.append(card)
         return inference_pb2.ListModelsResponse(models=models)
-
-    def _observe(self, model: ModelId, receipt: Receipt) -> None:
-        metrics = self._shell.metrics
-        metrics.queue.labels(model).observe(receipt.queue_s)
-        metrics.ttft.labels(model).observe(receipt.ttft_s)
-        metrics.e2e.labels(model).observe(receipt.e2e_s)
-        for term in receipt.predicted:
-            if term.name == "ttft_s" and term.actual is not None:
-                metrics.ttft_error.labels(model).observe(abs(term.predicted - term.actual))
 
 
 class RouterService:
@@ -106,11 +77,12 @@ class RouterService:
 
 
 class ControlService:
-    """What the command line asks."""
+    """What the command line asks. `view` is None where the router has no register."""
 
-    def __init__(self, shell: RouterShell, workers: Workers) -> None:
+    def __init__(self, shell: RouterShell, workers: Workers, view: RegisterView | None) -> None:
         self._shell = shell
         self._workers = workers
+        self._view = view
 
     async def get_status(self, message: control_pb2.GetStatusRequest, call: ServerCall) -> control_pb2.GetStatusResponse:
         """Every replica this router knows, by id, and its own queue."""
@@ -132,21 +104,74 @@ class ControlService:
             replicas=replicas,
             queued_requests=core.queued_requests,
             running_requests=core.running_requests,
+            targets=[] if self._view is None else [_target_to_pb(target) for target in self._view.snapshot.targets],
+            queues=[
+                control_pb2.ModelQueue(
+                    model=model,
+                    queued_requests=demand.queued_requests,
+                    queued_work_s=demand.queued_work_s,
+                    requests_total=demand.requests_total,
+                )
+                for model, demand in self._shell.demand().items()
+            ],
         )
 
     async def set_target(self, message: control_pb2.SetTargetRequest, call: ServerCall) -> control_pb2.SetTargetResponse:
-        """Raises NotBuiltError."""
-        raise NotBuiltError("Control.SetTarget")
+        """Sets replica counts by hand. Raises NotFoundError for a model that is not configured, InvalidRequestError."""
+        view = self._required_view()
+        models = self._shell.core.fleet.models
+        targets = []
+        for target in message.targets:
+            if not target.model and len(models) == 1:
+                target.model = models[0]
+            if target.model not in models:
+                raise NotFoundError(
+                    f"model {target.model!r} is not served; served are: {', '.join(models)}", reason=Reason.UNKNOWN_MODEL, field="model"
+                )
+            targets.append(_target_from_pb(target))
+        if not targets:
+            raise InvalidRequestError("targets", "must not be empty")
+        await view.register.set_manual_targets(targets)
+        return control_pb2.SetTargetResponse()
 
     async def drain_replica(self, message: control_pb2.DrainReplicaRequest, call: ServerCall) -> control_pb2.DrainReplicaResponse:
-        """Raises NotBuiltError."""
-        raise NotBuiltError("Control.DrainReplica")
+        """Has a replica take nothing new. Raises NotFoundError for one that this router does not reach."""
+        lease = self._shell.core.fleet.get(ReplicaId(message.replica_id))
+        if lease is None:
+            known = ", ".join(lease.replica_id for lease in self._shell.core.fleet.leases)
+            raise NotFoundError(f"replica {message.replica_id!r} is not known; known are: {known}", reason=Reason.UNKNOWN_REPLICA)
+        worker = PlannedWorker(replica_id=lease.replica_id, incarnation=lease.incarnation, address=lease.address)
+        request = worker_pb2.DrainRequest(deadline_remaining_s=message.deadline_remaining_s)
+        await rpc_call(self._workers.channel(worker), "tandem.v1.Worker/Drain", request, worker_pb2.DrainResponse, timeout_s=_DRAIN_S)
+        return control_pb2.DrainReplicaResponse()
+
+    def _required_view(self) -> RegisterView:
+        if self._view is None:
+            raise PreconditionError("this router has no register: replicas are not scaled", reason=Reason.NO_REGISTER)
+        return self._view
 
 
-def services(shell: RouterShell, workers: Workers, tokenizers: Tokenizers) -> "Mapping[str, grpc.GenericRpcHandler[bytes, bytes]]":
+def _target_to_pb(target: ReplicaTarget) -> control_pb2.Target:
+    return control_pb2.Target(model=target.model, role=role_to_pb(target.role), replicas=target.replicas, expires_in_s=target.expires_in_s)
+
+
+def _target_from_pb(message: control_pb2.Target) -> ReplicaTarget:
+    if not 0 <= message.expires_in_s < _MAX_EXPIRY_S:
+        raise InvalidRequestError("targets.expires_in_s", f"must be from 0 to {_MAX_EXPIRY_S:.0f}, got {message.expires_in_s}")
+    if message.role == common_pb2.ROLE_UNSPECIFIED:
+        raise InvalidRequestError("targets.role", "must be prefill or decode")
+    replicas = -1 if message.is_cleared else message.replicas
+    return ReplicaTarget(
+        model=ModelId(message.model), role=role_from_pb(message.role), replicas=replicas, expires_in_s=message.expires_in_s
+    )
+
+
+def services(
+    shell: RouterShell, workers: Workers, frontend: Frontend, view: RegisterView | None
+) -> "Mapping[str, grpc.GenericRpcHandler[bytes, bytes]]":
     """All services by full name, for `start_server`."""
     return {
-        "tandem.v1.Inference": service(inference_pb2, "Inference", InferenceService(shell, workers, tokenizers)),
+        "tandem.v1.Inference": service(inference_pb2, "Inference", InferenceService(shell, frontend)),
         "tandem.v1.Router": service(router_pb2, "Router", RouterService()),
-        "tandem.v1.Control": service(control_pb2, "Control", ControlService(shell, workers)),
+        "tandem.v1.Control": service(control_pb2, "Control", ControlService(shell, workers, view)),
     }

@@ -6,8 +6,10 @@ Must not decide: every choice is the core's. Belongs to one event loop.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from router.config import RouterConfig
 from router.core import RouterCore
@@ -15,11 +17,20 @@ from router.instructions import Abandon, Dispatch, Instruction, Reject
 from router.ledger import Stamp
 from router.ticket import Ticket
 from tandem.deadline import Deadline
-from tandem.domain import BlockHash, Lease, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
+from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
 from tandem.errors import OverloadedError, TandemError
 from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What one model's clients want of this router."""
+
+    queued_requests: int
+    queued_work_s: float
+    requests_total: int
 
 
 class RouterShell:
@@ -32,7 +43,10 @@ class RouterShell:
         self.clock = clock
         self._tickets: dict[RequestId, Ticket] = {}
         self._calls = 0
-        self._has_models = asyncio.Event()
+        self._held: Counter[ModelId] = Counter()
+        self._requests_total: Counter[ModelId] = Counter()
+        self._models_changed = asyncio.Event()
+        self.on_demand: Callable[[], None] = lambda: None  # called where a request waits for a replica that is still to be started
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -51,15 +65,42 @@ class RouterShell:
 
         Raises DeadlineError, and UnavailableError, NotFoundError or InvalidRequestError naming the models.
         """
-        if not self._has_models.is_set():
+        held = self.core.fleet.awaited(model)
+        if held is not None or not self.core.fleet.models:
+            wait_s = self.config.no_replica_wait_s if held is None else self.config.cold_start_wait_s
             remaining_s = deadline.remaining_s("arrival")
-            wait_s = self.config.no_replica_wait_s if remaining_s is None else min(self.config.no_replica_wait_s, remaining_s)
             try:
-                async with asyncio.timeout(wait_s):
-                    await self._has_models.wait()
+                async with asyncio.timeout(wait_s if remaining_s is None else min(wait_s, remaining_s)):
+                    await self._wait_for_model(model)
             except TimeoutError:
                 deadline.remaining_s("waiting for the first worker")
         return self.core.fleet.lease_for(model)
+
+    async def _wait_for_model(self, model: str) -> None:
+        """Until a replica of the model has been seen, counted as demand for it meanwhile."""
+        counted: ModelId | None = None
+        try:
+            while (held := self.core.fleet.awaited(model)) is not None or not self.core.fleet.models:
+                if held is not None and counted is None:
+                    counted = held
+                    self._held[held] += 1
+                    self.on_demand()
+                await self._models_changed.wait()
+        finally:
+            if counted is not None:
+                self._held[counted] -= 1
+
+    def demand(self) -> dict[ModelId, Demand]:
+        """By model, those nothing waits for too: what waits here for a replica, and all that was ever submitted."""
+        work = self.core.waiting_work()
+        return {
+            model: Demand(
+                queued_requests=work.get(model, (0, 0.0))[0] + self._held[model],
+                queued_work_s=work.get(model, (0, 0.0))[1],
+                requests_total=self._requests_total[model],
+            )
+            for model in self.core.fleet.models
+        }
 
     def submit(self, request: Request, block_hashes: Sequence[BlockHash], deadline: Deadline) -> Ticket:
         """Hands the request to the core; close the ticket. Raises DeadlineError, InvalidRequestError for an id in use."""
@@ -67,7 +108,10 @@ class RouterShell:
         deadline_s = None if remaining_s is None else now_s + remaining_s
         instructions = self.core.submit(request, block_hashes=block_hashes, deadline_s=deadline_s, now_s=now_s)
         ticket = self._tickets[request.request_id] = Ticket(request.request_id)
+        self._requests_total[request.model] += 1
         self._carry_out(instructions)
+        if not self.core.is_served(request.model):
+            self.on_demand()
         return ticket
 
     def sent(self, ticket: Ticket, tokens: int) -> None:
@@ -94,7 +138,17 @@ class RouterShell:
     def replica_seen(self, lease: Lease) -> None:
         """A lease came over a Watch stream."""
         self._carry_out(self.core.replica_seen(lease, self.clock()))
-        self._has_models.set()
+        self._tell_models_changed()
+
+    def models_held(self, models: Sequence[ModelId]) -> None:
+        """The register's models: their requests may wait for a replica to be started."""
+        self.core.models_held(models)
+        self._tell_models_changed()
+
+    def _tell_models_changed(self) -> None:
+        """Wakes everybody who waits for a model now."""
+        self._models_changed.set()
+        self._models_changed = asyncio.Event()
 
     def replica_lost(self, replica_id: ReplicaId, incarnation: int) -> None:
         """A Watch stream broke or fell silent."""

@@ -62,6 +62,11 @@ class PromptTokenizer:
             raise InvalidRequestError("prompt.chat", "the model has no chat template: send text or token ids")
         return await self._run(sum(len(message["content"]) for message in messages), self._encode_chat, messages)
 
+    def token_text(self, token_id: int) -> str:
+        """One token alone as text, special tokens by their names; U+FFFD where it is part of a character."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
     async def _run(self, size_chars: int, function: Any, *arguments: Any) -> tuple[int, ...]:
         if size_chars > _LONG_TEXT_CHARS:
             ids: tuple[int, ...] = await asyncio.to_thread(function, *arguments)

@@ -1,12 +1,14 @@
-"""The Watch stream and the channel of each configured worker: leases, loads and stamps in, losses noticed.
+"""The Watch stream and the channel of each worker: leases, loads and stamps in, losses noticed.
+
+Workers are those at fixed addresses and those the register names.
 
 Must not choose or count: everything goes to the core through the shell.
 """
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 import grpc.aio
@@ -14,7 +16,7 @@ import grpc.aio
 from router.ledger import Stamp, StampKind
 from router.shell import RouterShell
 from tandem.convert import lease_from_pb, load_from_pb
-from tandem.domain import Lease, PlannedWorker, RequestId
+from tandem.domain import Lease, PlannedWorker, ReplicaState, RequestId
 from tandem.errors import ProtocolError, Reason, TandemError, UnavailableError
 from tandem.rpc import ResponseStream, open_channel, open_stream, parse_answer
 from tandem.v1 import worker_pb2
@@ -36,19 +38,30 @@ class _Link:
     channel: grpc.aio.Channel
     lease: Lease | None = None  # the last one that came
     is_reachable: bool = False
+    is_fixed: bool = True
+    is_leased: bool = True  # without a lease in the register it gets no new work; its streams go on
+    task: "asyncio.Task[None] | None" = None
+
+    @property
+    def routed_lease(self) -> Lease | None:
+        """The lease as the core is to know it."""
+        if self.lease is None or self.is_leased:
+            return self.lease
+        return replace(self.lease, state=ReplicaState.DRAINING)
 
 
 class Workers:
-    """The workers at fixed addresses. Run it in a task; it ends only by being cancelled."""
+    """All workers of this router. Run `watch_forever` in a task; it ends only by being cancelled."""
 
     def __init__(self, addresses: Sequence[str], shell: RouterShell, rng: Random) -> None:
         self._shell = shell
         self._rng = rng
-        self._links = [_Link(address, open_channel(address)) for address in dict.fromkeys(addresses)]
+        self._links = {address: _Link(address, open_channel(address)) for address in addresses}
+        self._group: asyncio.TaskGroup | None = None
 
     def channel(self, worker: PlannedWorker) -> grpc.aio.Channel:
         """Where to call a planned worker. Raises UnavailableError where it is not reachable any more."""
-        for link in self._links:
+        for link in self._links.values():
             if link.is_reachable and link.lease is not None and link.lease.replica_id == worker.replica_id:
                 return link.channel
         raise UnavailableError(f"replica {worker.replica_id} is not reachable", reason=Reason.WORKER_LOST)
@@ -56,18 +69,49 @@ class Workers:
     def unreachable(self) -> list[Lease]:
         """Last leases of workers that do not answer now, and whose replicas answer nowhere else."""
         reachable = {lease.replica_id for lease in self._shell.core.fleet.leases}
-        leases = [link.lease for link in self._links if link.lease is not None]
+        leases = [link.lease for link in self._links.values() if link.lease is not None]
         return [lease for lease in leases if lease.replica_id not in reachable]
 
     async def watch_forever(self) -> None:
         """Holds one Watch stream per worker; closes the channels at its end."""
         try:
             async with asyncio.TaskGroup() as group:
-                for link in self._links:
-                    group.create_task(self._keep_watching(link), name=f"watch {link.address}")
+                self._group = group
+                for link in self._links.values():
+                    self._begin(link)
+                await asyncio.Event().wait()
         finally:
-            for link in self._links:
+            for link in self._links.values():
                 await link.channel.close(None)
+
+    def follow(self, addresses: Collection[str]) -> None:
+        """The addresses of all replicas with a lease.
+
+        A new one is watched. One whose lease ran out gets no new work while it answers, and is forgotten once it does not.
+        """
+        for address in set(addresses) - self._links.keys():
+            link = self._links[address] = _Link(address, open_channel(address), is_fixed=False)
+            self._begin(link)
+        for link in list(self._links.values()):
+            if link.is_fixed:
+                continue
+            is_leased = link.address in addresses
+            if is_leased != link.is_leased:
+                link.is_leased = is_leased
+                if link.is_reachable and link.routed_lease is not None:
+                    self._shell.replica_seen(link.routed_lease)
+            if not is_leased and not link.is_reachable:
+                self._forget(link)
+
+    def _begin(self, link: _Link) -> None:
+        if self._group is not None:
+            link.task = self._group.create_task(self._keep_watching(link), name=f"watch {link.address}")
+
+    def _forget(self, link: _Link) -> None:
+        del self._links[link.address]
+        if link.task is not None and self._group is not None:
+            link.task.cancel()
+            self._group.create_task(link.channel.close(None), name=f"close {link.address}")
 
     async def _keep_watching(self, link: _Link) -> None:
         """Watches again after each loss, with a growing pause."""
@@ -126,7 +170,8 @@ class Workers:
             logger.info("replica_seen replica_id=%s incarnation=%d address=%s", lease.replica_id, lease.incarnation, link.address)
         link.lease = lease
         link.is_reachable = True
-        self._shell.replica_seen(lease)
+        if link.routed_lease is not None:
+            self._shell.replica_seen(link.routed_lease)
 
     def _lose(self, link: _Link) -> None:
         if link.is_reachable and link.lease is not None:

@@ -1,6 +1,7 @@
 """The `tandem` command. What a command needs is imported inside it, so that help and errors come at once.
 
-Exit status: 0 done, 2 an error of ours or a wrong argument (one line on stderr), 130 after Ctrl-C.
+Exit status: 0 done, 1 where a load test had failed requests, 2 an error of ours or a wrong argument (one line on stderr), 130 after
+Ctrl-C.
 """
 
 import io
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tandem.generate_request import GenerateOptions, Prompt
     from tandem.sync_client import Client
 
+_EXIT_FAILED_REQUESTS = 1
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130
 
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _app() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(_options)
-    for command in (up, generate, models, status):
+    for command in (up, down, generate, models, status, top, scale, drain, bench):
         app.command()(command)
     return app
 
@@ -68,29 +70,99 @@ def _options(
 
 
 def up(
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="A cluster's TOML file; flags and TANDEM_* go before it.")] = None,
     model: Annotated[str | None, typer.Option(metavar="PATH_OR_NAME", help="The model to serve. Default: the bundled one.")] = None,
-    prefill: Annotated[int, typer.Option(min=0, help="Prefill replicas.")] = 1,
-    decode: Annotated[int, typer.Option(min=0, help="Decode replicas.")] = 1,
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="The router's gRPC port; 0 for any free one.")] = 8470,
+    prefill: Annotated[int | None, typer.Option(min=0, help="Prefill replicas at the start. Default: 1.")] = None,
+    decode: Annotated[int | None, typer.Option(min=0, help="Decode replicas at the start. Default: 1.")] = None,
+    min_prefill: Annotated[int | None, typer.Option(min=0, help="Prefill replicas at least; 0 lets an idle model go to zero.")] = None,
+    max_prefill: Annotated[int | None, typer.Option(min=0, help="Prefill replicas at most. Default: as many as at the start.")] = None,
+    min_decode: Annotated[int | None, typer.Option(min=0, help="Decode replicas at least.")] = None,
+    max_decode: Annotated[int | None, typer.Option(min=0, help="Decode replicas at most.")] = None,
+    routers: Annotated[int | None, typer.Option(min=1, help="Routers. Default: 1.")] = None,
+    autoscalers: Annotated[int | None, typer.Option(min=1, help="Autoscalers; one leads, the others stand by. Default: 1.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="The first router's gRPC port; 0 for any free one. Default: 8470.")
+    ] = None,
+    http_port: Annotated[int | None, typer.Option(min=0, max=65_535, help="The first router's HTTP port. Default: 8480.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="The cluster's id. Default: made up.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="A Redis server to use. Default: REDIS_URL, else one of its own.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster to use. Default: RAY_ADDRESS, else one of its own.")] = None,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Bytes of KV cache in each replica.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights and activations: float32, bfloat16, ... Default: auto.")] = None,
     store_dir: Annotated[Path | None, typer.Option(help="Folder of KV blocks. Default: one in /dev/shm, removed at the end.")] = None,
 ) -> None:
     """Start a cluster on this machine and serve until Ctrl-C."""
-    from tandem.up import UpOptions, run_up
+    given = {**locals(), "store_dir": None if store_dir is None else str(store_dir)}
+    del given["config"]
+    from tandem.cluster_config import load_cluster_config
+    from tandem.up import run_up
 
-    defaults = UpOptions()
-    run_up(
-        UpOptions(
-            model=defaults.model if model is None else model,
-            prefill=prefill,
-            decode=decode,
-            port=port,
-            kv_cache_bytes=defaults.kv_cache_bytes if kv_cache_bytes is None else kv_cache_bytes,
-            dtype=defaults.dtype if dtype is None else dtype,
-            store_dir="" if store_dir is None else str(store_dir),
-        )
-    )
+    run_up(load_cluster_config(config, given))
+
+
+def down(
+    cluster: Annotated[str | None, typer.Option(help="The cluster's id. Default: the only one there is.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All clusters of this user on this machine.")] = False,
+) -> None:
+    """Stop a cluster on this machine and clear away what is left of it."""
+    from tandem.down import choose_clusters, stop_cluster
+
+    for name in choose_clusters(cluster, is_all=every):
+        stop_cluster(name)
+        typer.echo(f"stopped {name}")
+
+
+def scale(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="ROLE=N...", help="prefill=2 decode=1; auto instead of a number gives a pool back.")
+    ],
+    model: Annotated[str, typer.Option(help="Default: the only model served.")] = "",
+    for_s: Annotated[float, typer.Option("--for-s", min=0.0, help="Seconds after which scaling is automatic again; 0: never.")] = 0.0,
+    endpoint: Endpoint = None,
+    timeout_s: QueryTimeout = 10.0,
+) -> None:
+    """Set how many replicas there are, by hand."""
+    from tandem.cli_report import parse_target
+    from tandem.sync_client import Client
+
+    parsed = [parse_target(text, model=model, expires_in_s=for_s) for text in targets]
+    with Client(endpoint) as client:
+        client.scale(parsed, timeout_s=timeout_s)
+
+
+def drain(
+    replica: Annotated[str, typer.Argument(help="A replica's id, as `tandem status` shows it.")],
+    endpoint: Endpoint = None,
+    timeout_s: QueryTimeout = 10.0,
+) -> None:
+    """Have a replica take nothing new; once it is idle another one replaces it."""
+    from tandem.sync_client import Client
+
+    with Client(endpoint) as client:
+        client.drain(replica, timeout_s=timeout_s)
+
+
+def top(
+    endpoint: Endpoint = None,
+    interval_s: Annotated[float, typer.Option("--interval-s", min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show the replicas, their state and load, live; Ctrl-C ends it."""
+    import time
+
+    from rich.live import Live
+
+    from tandem.cli_report import rates_caption, status_table
+    from tandem.sync_client import Client
+
+    with Client(endpoint) as client, Live(console=_console(), auto_refresh=False) as live:
+        before, before_s = client.status(), time.monotonic()
+        while True:
+            found, now_s = client.status(), time.monotonic()
+            table = status_table(found)
+            table.caption = rates_caption(before, found, now_s - before_s)
+            live.update(table, refresh=True)
+            before, before_s = found, now_s
+            time.sleep(interval_s)
 
 
 def generate(
@@ -145,6 +217,71 @@ def status(endpoint: Endpoint = None, timeout_s: QueryTimeout = 10.0, json: Json
     _console().print(status_table(found))
     if json is not None:
         write_report(json, status_report(found))
+
+
+def bench(
+    endpoint: Endpoint = None,
+    url: Annotated[str | None, typer.Option(metavar="http://HOST:PORT", help="An OpenAI server instead of a router.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the only model served.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second, Poisson; inf: all at once. Default: 1, or the trace's own.")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests at most. Default: 100, or all of the duration or trace.")] = None,
+    duration_s: Annotated[float | None, typer.Option("--duration-s", help="Seconds in which requests are sent.")] = None,
+    prompt_tokens: Annotated[str | None, typer.Option(metavar="N|LOW:HIGH", help="Prompt tokens of a request. Default: 256.")] = None,
+    output_tokens: Annotated[str | None, typer.Option(metavar="N|LOW:HIGH", help="Output tokens of a request. Default: 64.")] = None,
+    shared_prefix_tokens: Annotated[int, typer.Option(help="How many of the prompt tokens are the same in all requests.")] = 0,
+    vocabulary_tokens: Annotated[int, typer.Option(help="Prompts are random token ids from 3 to below this.")] = 2048,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests in flight at most; the loop is then not open. Default: no limit.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed sends the same requests at the same times.")] = 0,
+    slo_ttft_s: Annotated[float | None, typer.Option("--slo-ttft-s", help="Objective for goodput: time to the first token.")] = None,
+    slo_tpot_s: Annotated[float | None, typer.Option("--slo-tpot-s", help="Objective for goodput: mean time of a later token.")] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Replay a Mooncake-format trace (JSON lines).")] = None,
+    trace_scale: Annotated[float, typer.Option(help="Multiplies the trace's lengths, for smaller models.")] = 1.0,
+    warmup: Annotated[int, typer.Option(help="Requests sent before, which do not count.")] = 0,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds for each request.")] = 600.0,
+    json: Json = None,
+) -> None:
+    """Load a router or an OpenAI server with requests and report latency, throughput and goodput."""
+    from rich.console import Console
+
+    from tandem.bench.command import run_command
+    from tandem.bench.options import BenchOptions
+    from tandem.bench.result_table import bench_lines, bench_table
+    from tandem.cli_report import write_report
+
+    options = BenchOptions(
+        endpoint=endpoint,
+        url=url,
+        model=model,
+        rate_rps=rate,
+        requests=requests,
+        duration_s=duration_s,
+        prompt=prompt_tokens,
+        output=output_tokens,
+        shared_prefix_tokens=shared_prefix_tokens,
+        vocabulary_tokens=vocabulary_tokens,
+        concurrency=concurrency,
+        seed=seed,
+        slo_ttft_s=slo_ttft_s,
+        slo_tpot_s=slo_tpot_s,
+        trace=trace,
+        trace_scale=trace_scale,
+        warmup=warmup,
+        timeout_s=timeout_s,
+    )
+    result = run_command(options, Console(stderr=True))
+    _console().print(bench_table(result))
+    for line in bench_lines(result):
+        typer.echo(line)
+    if json is not None:
+        write_report(json, result.as_json())
+    if result.is_interrupted:
+        raise KeyboardInterrupt
+    if result.report.counts.failed:
+        raise typer.Exit(_EXIT_FAILED_REQUESTS)
 
 
 def _print_stream(client: "Client", prompt: "Prompt", options: "GenerateOptions") -> "Completion":

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tandem.cluster_view import ClusterStatus, ModelCard, ReplicaStatus
 from tandem.completion import Completion
-from tandem.domain import Receipt
+from tandem.domain import ModelId, Receipt, ReplicaTarget, Role
 from tandem.errors import ConfigError
 
 
@@ -92,3 +92,23 @@ def _status_row(replica: ReplicaStatus) -> tuple[str, ...]:
         f"{load.kv_used_fraction:.1%}",
         f"{replica.predicted_work_s:.2f} s",
     )
+
+
+def parse_target(text: str, *, model: str, expires_in_s: float) -> ReplicaTarget:
+    """`prefill=2` or `decode=auto`. Raises ConfigError."""
+    name, _, count = text.partition("=")
+    if name not in list(Role) or not (count == "auto" or count.isdecimal()):
+        raise ConfigError(f"{text!r} is not ROLE=N: prefill=2, decode=1, decode=auto")
+    return ReplicaTarget(model=ModelId(model), role=Role(name), replicas=-1 if count == "auto" else int(count), expires_in_s=expires_in_s)
+
+
+def rates_caption(before: ClusterStatus, now: ClusterStatus, passed_s: float) -> str:
+    """Tokens per second over all replicas that are in both views."""
+    past = {(item.lease.replica_id, item.lease.incarnation): item.load.generated_tokens_total for item in before.replicas}
+    made = [
+        item.load.generated_tokens_total - past[key]
+        for item in now.replicas
+        if (key := (item.lease.replica_id, item.lease.incarnation)) in past
+    ]
+    targets = ", ".join(f"{target.model} {target.role}={target.replicas}" for target in now.targets)
+    return f"{sum(made) / passed_s if passed_s > 0 else 0.0:.1f} tokens/s" + (f"; targets: {targets}" if targets else "")

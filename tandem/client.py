@@ -1,16 +1,25 @@
 """The asyncio client. Its blocking twin is in `sync_client.py`; all they share does no I/O and stands in other files."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
 import grpc.aio
 
-from tandem.chunk_reader import DEFAULT_TIMEOUT_S, GENERATE, GET_STATUS, LIST_MODELS, QUERY_TIMEOUT_S, ChunkReader
-from tandem.cluster_view import ClusterStatus, ModelCard, models_from_pb, status_from_pb
+from tandem.chunk_reader import (
+    DEFAULT_TIMEOUT_S,
+    DRAIN_REPLICA,
+    GENERATE,
+    GET_STATUS,
+    LIST_MODELS,
+    QUERY_TIMEOUT_S,
+    SET_TARGET,
+    ChunkReader,
+)
+from tandem.cluster_view import ClusterStatus, ModelCard, models_from_pb, status_from_pb, targets_to_pb
 from tandem.completion import Completion, assemble
-from tandem.domain import Chunk, Receipt
+from tandem.domain import Chunk, Receipt, ReplicaTarget
 from tandem.endpoint import resolve_endpoint
 from tandem.errors import CancelledRequestError, ConfigError, TandemError
 from tandem.generate_request import GenerateOptions, PreparedRequest, Prompt, check_timeout_s, prepare_request
@@ -133,6 +142,16 @@ class AsyncClient:
         """The replicas, their state and load; within `timeout_s` seconds."""
         request, answer = control_pb2.GetStatusRequest(), control_pb2.GetStatusResponse
         return status_from_pb(await call(self._open(), GET_STATUS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+
+    async def scale(self, targets: Sequence[ReplicaTarget], *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
+        """Sets replica counts by hand, until each expires; a negative count gives the pool back. Raises NotFoundError."""
+        request, answer = targets_to_pb(targets), control_pb2.SetTargetResponse
+        await call(self._open(), SET_TARGET, request, answer, timeout_s=check_timeout_s(timeout_s))
+
+    async def drain(self, replica_id: str, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
+        """Has a replica take nothing new; once it is idle another one replaces it. Raises NotFoundError."""
+        request, answer = control_pb2.DrainReplicaRequest(replica_id=replica_id), control_pb2.DrainReplicaResponse
+        await call(self._open(), DRAIN_REPLICA, request, answer, timeout_s=check_timeout_s(timeout_s))
 
     async def close(self) -> None:
         """Cancels what still runs and frees the connection; the client is of no use after it."""

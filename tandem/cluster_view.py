@@ -1,11 +1,12 @@
 """What a router tells about its cluster: the models it serves, its replicas and their load. Plain values from Control and ListModels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tandem.convert import lease_from_pb, load_from_pb, role_from_pb
+from tandem.convert import lease_from_pb, load_from_pb, role_from_pb, role_to_pb
 from tandem.domain import Lease, ModelId, ReplicaTarget, WorkerLoad
 from tandem.v1 import control_pb2, inference_pb2
-from tandem.wire import from_message
+from tandem.wire import build, from_message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,3 +57,21 @@ def status_from_pb(message: control_pb2.GetStatusResponse) -> ClusterStatus:
     replicas.sort(key=lambda replica: (replica.lease.model, replica.lease.role, replica.lease.replica_id))
     targets = tuple(from_message(ReplicaTarget, target, role=role_from_pb(target.role)) for target in message.targets)
     return from_message(ClusterStatus, message, replicas=tuple(replicas), targets=targets)
+
+
+def targets_to_pb(targets: Sequence[ReplicaTarget]) -> control_pb2.SetTargetRequest:
+    """Targets set by hand; a negative count gives the pool back to the autoscaler. Raises InvalidRequestError."""
+    message = control_pb2.SetTargetRequest()
+    for target in targets:
+        message.targets.append(
+            build(
+                control_pb2.Target,
+                "targets",
+                model=target.model,
+                role=role_to_pb(target.role),
+                replicas=max(0, target.replicas),
+                expires_in_s=target.expires_in_s,
+                is_cleared=target.replicas < 0,
+            )
+        )
+    return message

@@ -2,7 +2,7 @@
 
 Must not do I/O or judge values: `domain.py` validates. `*_to_pb` raise InvalidRequestError naming the field that its type cannot hold
 (a negative count, text that is not UTF-8); `*_from_pb` raise ProtocolError where a message lacks a part or holds an unknown enum value.
-What the domain has no word for (a plan's signature and block holders, a lease's store address) is not carried over.
+What the domain has no word for (a plan's signature and block holders) is not carried over.
 """
 
 from tandem.domain import (

@@ -19,6 +19,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import tandem
+from tandem.bare import BareOptions, BarePlatform
 from tandem.completion import assemble
 from tandem.config import EngineConfig
 from tandem.convert import chunk_from_pb, receipt_from_pb, request_to_worker_pb
@@ -27,7 +28,6 @@ from tandem.engine.environment import set_engine_environment
 from tandem.engine.model_files import bundled_model_path
 from tandem.launch import ReplicaProcess
 from tandem.rpc import open_channel, open_stream
-from tandem.up import Platform, UpOptions
 from tandem.v1 import common_pb2, inference_pb2
 
 LENGTHS = (5, 9, 17, 31, 32, 33, 63, 64, 65, 96, 97, 128, 200, 255, 256, 257, 384, 500, 640, 800, 1000, 1024, 1025, 1250, 1500)
@@ -150,7 +150,7 @@ async def run_demo() -> dict[str, object]:
     def progress(line: str) -> None:
         console.print(f"{time.monotonic() - begun_s:6.1f} s  {line}", style="dim")
 
-    platform = Platform(UpOptions(port=0), progress)
+    platform = BarePlatform(BareOptions())
     try:
         await platform.start()
         async with tandem.AsyncClient(platform.router_address) as client:
@@ -285,7 +285,7 @@ async def check_sdk(address: str) -> bool:
     return await asyncio.to_thread(use)
 
 
-async def hold_back(platform: Platform, prompts: Prompts) -> dict[str, object]:
+async def hold_back(platform: BarePlatform, prompts: Prompts) -> dict[str, object]:
     """Whether the first token leaves before any KV has moved: TTFT of a pair whose transfers wait, against the ordinary pair."""
     held_prefill = await platform.add_replica(Role.PREFILL, "held-prefill", faults=f"kv_publish.delay_s={_HELD_BACK_S}")
     usual = DirectCaller(platform.replicas["decode-0"], [platform.replicas["prefill-0"]])

@@ -253,6 +253,7 @@ class Lease:
     engine: EngineInfo
     state: ReplicaState = ReplicaState.READY
     metrics_address: str = ""
+    store_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,23 @@ def resolve_endpoint(endpoint: str | None = None, environ: Mapping[str, str] | N
     return found
 
 
+def read_endpoint_file(cluster: str, environ: Mapping[str, str] | None = None) -> dict[str, object] | None:
+    """What `<cluster>.json` holds; None where it is not there or damaged."""
+    try:
+        endpoints = json.loads(_file_of(cluster, environ).read_bytes()[:_MAX_FILE_BYTES])
+    except (OSError, ValueError):
+        return None
+    return endpoints if isinstance(endpoints, dict) else None
+
+
+def known_clusters(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Clusters of this user that have an endpoint file or a folder on this machine, running or not, by name."""
+    folder = endpoint_folder(environ)
+    if not _is_own(folder):
+        return []
+    return sorted({path.stem if path.suffix == ".json" else path.name for path in folder.iterdir() if not path.name.startswith(".")})
+
+
 def endpoint_folder(environ: Mapping[str, str] | None = None) -> Path:
     """The folder of this user's endpoint files; it may not exist."""
     environ = os.environ if environ is None else environ
@@ -83,9 +100,11 @@ def _file_of(cluster: str, environ: Mapping[str, str] | None) -> Path:
 
 
 def _host_port(source: str, text: str) -> str:
-    match = _HOST_PORT.fullmatch(text)
-    if match is None or not 1 <= int(match["port"]) <= 65_535:
-        raise ConfigError(f"{source} must be host:port with a port from 1 to 65535, got {text[:200]!r}")
+    """One router, or several with commas between them: calls go to the first that answers."""
+    for part in text.split(","):
+        match = _HOST_PORT.fullmatch(part)
+        if match is None or not 1 <= int(match["port"]) <= 65_535:
+            raise ConfigError(f"{source} must be host:port with a port from 1 to 65535, got {text[:200]!r}")
     return text
 
 

@@ -1,11 +1,10 @@
-"""Starting and ending the platform's processes: the zygote, replicas forked from it or spawned, routers.
+"""Starting and ending the platform's processes: replicas, forked (`zygote_client.py`) or spawned, and the programs beside them.
 
 Every process is known by pid and ended by whoever started it; nothing outlives its supervisor.
 """
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -20,10 +19,8 @@ from tandem.engine.environment import set_engine_environment
 from tandem.errors import ConfigError, Reason
 from tandem.parenthood import die_with_parent
 
-logger = logging.getLogger(__name__)
-
 _STOP_S = 10.0
-_ZYGOTE_START_S = 120.0
+_PROGRAM_START_S = 60.0
 _REPLICA_START_S = 300.0
 
 
@@ -136,62 +133,6 @@ def _log(path: str) -> Iterator[BinaryIO | None]:
         yield log
 
 
-class ZygoteProcess:
-    """The zygote of one node."""
-
-    def __init__(self, runtime_dir: Path, log_path: Path) -> None:
-        self._socket_path = runtime_dir / "zygote.sock"
-        self._log_path = log_path
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def start(self) -> None:
-        """Starts it and waits until it has imported everything; about 6 s of CPU."""
-        environment = dict(os.environ)
-        set_engine_environment(environment)
-        with _log(str(self._log_path)) as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tandem.zygote",
-                "--socket",
-                str(self._socket_path),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-        assert self._process.stdout is not None
-        try:
-            async with asyncio.timeout(_ZYGOTE_START_S):
-                while line := await self._process.stdout.readline():
-                    if line.strip() == b"zygote ready":
-                        return
-        except TimeoutError as error:
-            raise ConfigError(f"the zygote did not start in {_ZYGOTE_START_S:.0f} s", reason=Reason.START_FAILED) from error
-        raise ConfigError(f"the zygote ended while starting: {_tail(self._log_path)}", reason=Reason.START_FAILED)
-
-    async def fork_replica(self, config: ReplicaConfig) -> ReplicaProcess:
-        """Has it fork a replica, or spawns one where the zygote is gone; `wait_ready` tells when it serves."""
-        try:
-            reader, lifeline = await asyncio.open_unix_connection(self._socket_path)
-        except OSError as error:
-            logger.warning("zygote_gone replica_id=%s error=%s", config.replica_id, error)
-            return await spawn_replica(config)
-        lifeline.write(f"{config.to_json()}\n".encode())
-        return ReplicaProcess(config, reader, lifeline)
-
-    @property
-    def pid(self) -> int:
-        """Its process id; 0 before `start`."""
-        return self._process.pid if self._process is not None else 0
-
-    async def stop(self) -> None:
-        """Ends it; replicas that run are not touched."""
-        if self._process is not None:
-            await stop_process(self._process)
-
-
 async def stop_process(process: asyncio.subprocess.Process) -> None:
     """SIGTERM, then SIGKILL after a while; returns when it is gone."""
     with contextlib.suppress(ProcessLookupError):
@@ -204,34 +145,41 @@ async def stop_process(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-async def start_router(arguments: Sequence[str], log_path: Path) -> tuple[asyncio.subprocess.Process, str]:
-    """Starts a router that logs to `log_path`; returns it and its address once it listens. Raises ConfigError with its words."""
+async def start_program(arguments: Sequence[str], log_path: Path, *, ready: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
+    """Starts `python -m ...`, which dies with this process and logs to `log_path`; returns it once it has printed its line `ready`.
+
+    The line's key=value parts come along ("router ready address=..."). Raises ConfigError with the program's own last line.
+    """
     with _log(str(log_path)) as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "router",
             *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
     assert process.stdout is not None
-    line = (await process.stdout.readline()).decode()
-    if "router ready" not in line:
-        await process.wait()
-        raise ConfigError(_tail(log_path).removeprefix("router: "), reason=Reason.START_FAILED)
-    return process, dict(part.split("=") for part in line.split() if "=" in part)["address"]
+    try:
+        async with asyncio.timeout(_PROGRAM_START_S):
+            while line := (await process.stdout.readline()).decode():
+                if line.startswith(ready):
+                    return process, dict(part.split("=", 1) for part in line.split() if "=" in part)
+            await process.wait()
+    except BaseException:
+        await stop_process(process)
+        raise
+    raise ConfigError(_tail(log_path).removeprefix(f"{arguments[0]}: "), reason=Reason.START_FAILED)
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, flag: str = "--port") -> None:
     """Raises ConfigError where host:port cannot be listened on; asked before anything is started."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        message = f"port {port} on {host} is in use or not allowed: choose another with --port"
+        message = f"port {port} on {host} is in use or not allowed: choose another with {flag}"
         raise ConfigError(message, reason=Reason.PORT_IN_USE) from error
 
 

@@ -1,6 +1,6 @@
 """Who is in a cluster: members under leases, and what every implementation of the register must offer.
 
-Values and protocol only; `redis_membership.py` implements it. A lease that runs out stops new work, never streams.
+Values and protocol only; `redis_register.py` implements it. A lease that runs out stops new work, never streams.
 """
 
 import json
@@ -88,7 +88,7 @@ class Register(Protocol):
         """All leases that have not run out, by kind and id."""
 
     def snapshots(self, poll_s: float) -> AsyncIterator[Snapshot]:
-        """A snapshot now, at every change and at least each `poll_s`; goes on after the register was away."""
+        """A snapshot now, soon after every change and at least each `poll_s`; nothing while the register is away, then it goes on."""
 
     async def try_lead(self, candidate: str) -> int | None:
         """The leader's epoch where `candidate` is or becomes leader for LEASE_S, else None. Epochs only grow."""
@@ -109,7 +109,7 @@ class Register(Protocol):
         """Wakes the leader: there is demand."""
 
     def nudges(self, poll_s: float) -> AsyncIterator[None]:
-        """One item per nudge or change of manual targets, and at least each `poll_s`."""
+        """An item now, soon after each nudge or change of manual targets (one for a burst), and at least each `poll_s`."""
 
     async def close(self) -> None:
         """Closes connections; leases run out by themselves."""

@@ -11,15 +11,16 @@ import signal
 import sys
 from pathlib import Path
 
-import grpc.aio
 import uvloop
 from prometheus_client import REGISTRY, start_http_server
 
+from decode_workers.remote_blocks import RemoteBlocks
 from decode_workers.service import DecodeService
 from kv_transfer.blocks import make_namespace
 from kv_transfer.link import StoreLink
 from kv_transfer.shm_room import check_room
 from prefill_workers.service import PrefillService
+from tandem.channel_pool import ChannelPool
 from tandem.config import ReplicaConfig
 from tandem.convert import lease_to_pb, load_to_pb
 from tandem.domain import Lease, ModelId, Namespace, ReplicaId, Role, WorkerLoad
@@ -28,8 +29,10 @@ from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import resolve_model
 from tandem.errors import ConfigError
 from tandem.faults import Faults
-from tandem.rpc import ServerCall, open_channel, service, start_server
-from tandem.telemetry import WorkerCollector
+from tandem.membership import Member, MemberKind, Register
+from tandem.registrar import Registrar
+from tandem.rpc import ServerCall, service, start_server
+from tandem.telemetry import RemoteKvMetrics, WorkerCollector
 from tandem.v1 import worker_pb2
 from tandem.worker_state import Stamp, StampKind, WorkerState
 
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # Changes within this time travel in one message: the tokens that caused them have the processor first.
 _WATCH_MIN_S = 0.02
+_LEASE_POLL_S = 3600.0  # the lease tells when it changes
 _STAMP_KINDS = {
     StampKind.ACCEPTED: worker_pb2.RequestStamp.KIND_ACCEPTED,
     StampKind.FINISHED: worker_pb2.RequestStamp.KIND_FINISHED,
@@ -99,24 +103,6 @@ class WorkerService:
         return worker_pb2.DrainResponse(running_requests=self._state.running_requests)
 
 
-class ChannelPool:
-    """Channels to other workers by address, kept open."""
-
-    def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
-
-    def __call__(self, address: str) -> grpc.aio.Channel:
-        """The channel to `address`, opened at the first call."""
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        return self._channels[address]
-
-    async def close(self) -> None:
-        """Closes them all."""
-        for channel in self._channels.values():
-            await channel.close(None)
-
-
 def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
     """Builds the engine, serves until SIGTERM or SIGINT, and ends everything it started.
 
@@ -162,11 +148,13 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
         namespace=namespace,
         address="",
         engine=engine.info,
+        store_address=config.store_address,
     )
     state = WorkerState(lease)
+    remote_blocks = RemoteBlocks(engine, state, channels, RemoteKvMetrics(REGISTRY), wait_s=config.publish_wait_s)
     worker = WorkerService(
         PrefillService(engine, state, publish_wait_s=config.publish_wait_s, faults=faults),
-        DecodeService(engine, state, channels, publish_wait_s=config.publish_wait_s),
+        DecodeService(engine, state, channels, publish_wait_s=config.publish_wait_s, remote_blocks=remote_blocks),
         engine,
         state,
         watch_interval_s=config.watch_interval_s,
@@ -174,16 +162,57 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     server = await start_server(config.host, config.port, {"tandem.v1.Worker": service(worker_pb2, "Worker", worker)})
     REGISTRY.register(WorkerCollector(worker.load, engine.kv_totals))
     metrics_server, _ = start_http_server(config.metrics_port, addr=config.host)
-    state.set_addresses(server.address, f"{config.host}:{metrics_server.server_port}")
-    _report(f"replica ready id={config.replica_id} role={config.role} address={server.address}", lifeline_fd)
+    advertised = config.advertise_host or config.host
+    state.set_addresses(f"{advertised}:{server.port}", f"{advertised}:{metrics_server.server_port}")
+    _report(f"replica ready id={config.replica_id} role={config.role} address={state.lease.address}", lifeline_fd)
+    registration = asyncio.create_task(_stay_registered(config, state, stop), name="registration")
     try:
         await stop.wait()
+        registration.cancel()
         state.drain()
         await server.set_serving(False)
     finally:
-        await server.stop()
+        await asyncio.gather(registration, server.stop(), return_exceptions=True)
         await channels.close()
         metrics_server.shutdown()
+
+
+async def _stay_registered(config: ReplicaConfig, state: WorkerState, stop: asyncio.Event) -> None:
+    """Holds the replica's lease in the register, where there is one. A newer incarnation of the same replica stops this one."""
+    if not config.redis_url:
+        return
+    from tandem.redis_register import RedisRegister
+
+    register: Register = RedisRegister(config.redis_url, config.cluster)
+    registrar = Registrar(register, _member(state.lease), stop.set)
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(registrar.run(), name="registrar")
+            lease = state.lease
+            with state.watch("") as watcher:
+                while not stop.is_set():
+                    await watcher.changed(_LEASE_POLL_S)
+                    if state.lease is not lease:
+                        lease = state.lease
+                        registrar.update(_member(lease))
+    finally:
+        await register.close()
+
+
+def _member(lease: Lease) -> Member:
+    return Member(
+        kind=MemberKind.REPLICA,
+        member_id=lease.replica_id,
+        incarnation=lease.incarnation,
+        node=lease.node,
+        pid=os.getpid(),
+        address=lease.address,
+        metrics_address=lease.metrics_address,
+        model=lease.model,
+        role=lease.role,
+        namespace=lease.namespace,
+        state=lease.state,
+    )
 
 
 def _stop_at_end(lifeline_fd: int, stop: asyncio.Event) -> None:

@@ -7,6 +7,7 @@ Bytes are parsed here, so that bad bytes are a typed error and a relay can forwa
 import asyncio
 import logging
 import re
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from types import ModuleType
@@ -215,13 +216,27 @@ async def start_server(host: str, port: int, services: "Mapping[str, grpc.Generi
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to host:port; connects by itself, again and again. Close it."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    """A channel to host:port, or to the first that answers of several with commas between them. Connects by itself. Close it."""
+    return grpc.aio.insecure_channel(_target(address), options=_CHANNEL_OPTIONS)
 
 
 def open_sync_channel(address: str) -> grpc.Channel:
     """The same for callers without an event loop."""
-    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.insecure_channel(_target(address), options=_CHANNEL_OPTIONS)
+
+
+def _target(address: str) -> str:
+    """gRPC's own list of addresses, which takes no names: those are looked up here."""
+    parts = address.split(",")
+    if len(parts) == 1:
+        return address
+    found = []
+    for host, _, port in (part.rpartition(":") for part in parts):
+        try:
+            found.append(f"{socket.gethostbyname(host)}:{port}")
+        except OSError:
+            continue  # the others may be known
+    return f"ipv4:{','.join(found)}" if found else parts[0]
 
 
 Metadata = tuple[tuple[str, str], ...]

@@ -1,13 +1,22 @@
 """The blocking client: `AsyncClient` without an event loop, on gRPC's own threads. Must not start a loop."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
-from tandem.chunk_reader import DEFAULT_TIMEOUT_S, GENERATE, GET_STATUS, LIST_MODELS, QUERY_TIMEOUT_S, ChunkReader
-from tandem.cluster_view import ClusterStatus, ModelCard, models_from_pb, status_from_pb
+from tandem.chunk_reader import (
+    DEFAULT_TIMEOUT_S,
+    DRAIN_REPLICA,
+    GENERATE,
+    GET_STATUS,
+    LIST_MODELS,
+    QUERY_TIMEOUT_S,
+    SET_TARGET,
+    ChunkReader,
+)
+from tandem.cluster_view import ClusterStatus, ModelCard, models_from_pb, status_from_pb, targets_to_pb
 from tandem.completion import Completion, assemble
-from tandem.domain import Chunk, Receipt
+from tandem.domain import Chunk, Receipt, ReplicaTarget
 from tandem.endpoint import resolve_endpoint
 from tandem.errors import CancelledRequestError, ConfigError
 from tandem.generate_request import GenerateOptions, PreparedRequest, Prompt, check_timeout_s, prepare_request
@@ -119,6 +128,18 @@ class Client:
         self._check_open()
         request, answer = control_pb2.GetStatusRequest(), control_pb2.GetStatusResponse
         return status_from_pb(call_sync(self._channel, GET_STATUS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+
+    def scale(self, targets: Sequence[ReplicaTarget], *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
+        """Sets replica counts by hand, until each expires; a negative count gives the pool back. Raises NotFoundError."""
+        self._check_open()
+        request, answer = targets_to_pb(targets), control_pb2.SetTargetResponse
+        call_sync(self._channel, SET_TARGET, request, answer, timeout_s=check_timeout_s(timeout_s))
+
+    def drain(self, replica_id: str, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
+        """Has a replica take nothing new; once it is idle another one replaces it. Raises NotFoundError."""
+        self._check_open()
+        request, answer = control_pb2.DrainReplicaRequest(replica_id=replica_id), control_pb2.DrainReplicaResponse
+        call_sync(self._channel, DRAIN_REPLICA, request, answer, timeout_s=check_timeout_s(timeout_s))
 
     def close(self) -> None:
         """Cancels what still runs and frees the connection; the client is of no use after it."""

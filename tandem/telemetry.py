@@ -3,7 +3,7 @@
 Declares only; each `main` makes the registry and serves it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -35,6 +35,7 @@ class RouterMetrics:
         self.output_tokens = counter("output_tokens", "Output tokens sent to clients", "model")
         self.retries = counter("retries", "Attempts that failed and were continued elsewhere", "reason")
         self.dropped_reports = counter("dropped_reports", "Reports of an older incarnation or out of order")
+        self.http_responses = counter("http_responses", "Answers of the HTTP endpoint", "route", "status")
         self.task_failures = counter("task_failures", "Unexpected errors at a task's root", "task")
         self.queue = seconds("queue", "Arrival to dispatch", "model")
         self.ttft = seconds("ttft", "Arrival to first token sent", "model")
@@ -76,3 +77,67 @@ class WorkerCollector(Collector):
         yield CounterMetricFamily("tandem_worker_generated_tokens", "Tokens that left this replica", load.generated_tokens_total)
         for name, value in asdict(self._kv_totals()).items():
             yield CounterMetricFamily(f"tandem_kv_{name}", _KV_COUNTERS[name], value)
+
+
+class RemoteKvMetrics:
+    """Of a decode worker's hand-offs from other nodes. `outcome` is "copied", "partial", "failed", "timeout" or "paused"."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.copies = Counter(
+            "tandem_kv_remote_copies_total", "Hand-offs whose blocks were asked for from another node", ("outcome",), registry=registry
+        )
+        self.copied_blocks = Counter(
+            "tandem_kv_remote_copied_blocks_total", "Blocks that were copied from another node for a hand-off", registry=registry
+        )
+        self.recomputed_blocks = Counter(
+            "tandem_kv_remote_recomputed_blocks_total",
+            "Prompt blocks that were not known to have come in time: computed here",
+            registry=registry,
+        )
+        self.copy = Histogram(
+            "tandem_kv_remote_copy_seconds", "How long a hand-off waited for blocks of another node", buckets=_SECONDS, registry=registry
+        )
+
+
+_STORE_GAUGES = {
+    "used_bytes": "Bytes of the blocks that the store holds",
+    "capacity_bytes": "Bytes that it holds at most once eviction has run",
+    "blocks": "Blocks that it holds",
+}
+_STORE_COUNTERS = {
+    "fetched_blocks": "Blocks fetched from other nodes",
+    "fetched_bytes": "Bytes of those blocks",
+    "served_blocks": "Blocks sent to other nodes",
+    "served_bytes": "Bytes of those blocks",
+    "missing_blocks": "Blocks that another node asked for and that are not held",
+    "corrupt_blocks": "Blocks that failed their check, here or on the way here",
+    "unstored_blocks": "Fetched blocks that found no room",
+    "evicted_blocks": "Blocks that the service evicted, least recently used first",
+}
+
+
+class StoreCollector(Collector):
+    """A store service's own metrics, read when they are scraped: sizes now and cumulative counts, by name."""
+
+    def __init__(self, sizes: Callable[[], Mapping[str, int]], totals: Callable[[], Mapping[str, int]]) -> None:
+        self._sizes = sizes
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, now; O(blocks)."""
+        for name, value in self._sizes().items():
+            yield GaugeMetricFamily(f"tandem_store_{name}", _STORE_GAUGES[name], value)
+        for name, value in self._totals().items():
+            yield CounterMetricFamily(f"tandem_store_{name}", _STORE_COUNTERS[name], value)
+
+
+class ScalerMetrics:
+    """Of one autoscaler."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        labels = ("model", "role")
+        self.is_leader = Gauge("tandem_autoscaler_is_leader", "1 where this candidate leads", registry=registry)
+        self.target_replicas = Gauge("tandem_autoscaler_target_replicas", "Replicas wanted", labels, registry=registry)
+        self.current_replicas = Gauge("tandem_autoscaler_current_replicas", "Replicas starting or ready", labels, registry=registry)
+        self.decisions = Counter("tandem_autoscaler_decisions_total", "Changed decisions", (*labels, "reason"), registry=registry)
+        self.ticks = Histogram("tandem_autoscaler_tick_seconds", "Observe, decide, reconcile", buckets=_SECONDS, registry=registry)

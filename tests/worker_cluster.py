@@ -10,7 +10,8 @@ from prefill_workers.service import PrefillService
 from tandem.convert import chunk_from_pb, receipt_from_pb, request_to_worker_pb
 from tandem.domain import Chunk, FinishReason, Plan, PlannedWorker, Receipt, Role, Sampling
 from tandem.faults import Faults
-from tandem.replica import ChannelPool, WorkerService
+from tandem.channel_pool import ChannelPool
+from tandem.replica import WorkerService
 from tandem.rpc import ResponseStream, Server, open_stream, parse_answer, service, start_server
 from tandem.v1 import common_pb2, inference_pb2, worker_pb2
 from tandem.worker_state import WorkerState

@@ -13,20 +13,34 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("cluster", "router_id", "replicas", "targets", "queued_requests", "running_requests")
+    __slots__ = ("cluster", "router_id", "replicas", "targets", "queued_requests", "running_requests", "queues")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     router_id: str
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
     targets: _containers.RepeatedCompositeFieldContainer[Target]
     queued_requests: int
     running_requests: int
-    def __init__(self, cluster: _Optional[str] = ..., router_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ...) -> None: ...
+    queues: _containers.RepeatedCompositeFieldContainer[ModelQueue]
+    def __init__(self, cluster: _Optional[str] = ..., router_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[ModelQueue, _Mapping]]] = ...) -> None: ...
+
+class ModelQueue(_message.Message):
+    __slots__ = ("model", "queued_requests", "queued_work_s", "requests_total")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_WORK_S_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    queued_requests: int
+    queued_work_s: float
+    requests_total: int
+    def __init__(self, model: _Optional[str] = ..., queued_requests: _Optional[int] = ..., queued_work_s: _Optional[float] = ..., requests_total: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("lease", "load", "is_reachable", "predicted_work_s")
@@ -41,16 +55,18 @@ class ReplicaStatus(_message.Message):
     def __init__(self, lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., load: _Optional[_Union[_worker_pb2.WorkerLoad, _Mapping]] = ..., is_reachable: _Optional[bool] = ..., predicted_work_s: _Optional[float] = ...) -> None: ...
 
 class Target(_message.Message):
-    __slots__ = ("model", "role", "replicas", "expires_in_s")
+    __slots__ = ("model", "role", "replicas", "expires_in_s", "is_cleared")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    IS_CLEARED_FIELD_NUMBER: _ClassVar[int]
     model: str
     role: _common_pb2.Role
     replicas: int
     expires_in_s: float
-    def __init__(self, model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., replicas: _Optional[int] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+    is_cleared: bool
+    def __init__(self, model: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., replicas: _Optional[int] = ..., expires_in_s: _Optional[float] = ..., is_cleared: _Optional[bool] = ...) -> None: ...
 
 class SetTargetRequest(_message.Message):
     __slots__ = ("targets",)

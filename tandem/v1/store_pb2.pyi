@@ -53,24 +53,28 @@ class LookupResponse(_message.Message):
     def __init__(self, is_held: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("namespace", "block_hashes", "deadline_remaining_s")
+    __slots__ = ("namespace", "block_hashes")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
-    DEADLINE_REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
-    deadline_remaining_s: float
-    def __init__(self, namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., deadline_remaining_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
-    __slots__ = ("block_hash", "payload", "checksum")
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[StoredBlock]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[StoredBlock, _Mapping]]] = ...) -> None: ...
+
+class StoredBlock(_message.Message):
+    __slots__ = ("block_hash", "header", "payload")
     BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     block_hash: bytes
+    header: bytes
     payload: bytes
-    checksum: int
-    def __init__(self, block_hash: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, block_hash: _Optional[bytes] = ..., header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class CopyRequest(_message.Message):
     __slots__ = ("namespace", "block_hashes", "from_address")
@@ -83,10 +87,12 @@ class CopyRequest(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., from_address: _Optional[str] = ...) -> None: ...
 
 class CopyResponse(_message.Message):
-    __slots__ = ("copied_blocks",)
+    __slots__ = ("copied_blocks", "held_blocks")
     COPIED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     copied_blocks: int
-    def __init__(self, copied_blocks: _Optional[int] = ...) -> None: ...
+    held_blocks: int
+    def __init__(self, copied_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("namespace", "block_hashes")

@@ -8,14 +8,14 @@ import pytest_asyncio
 import tandem
 from tandem.demo import DirectCaller, Prompts
 from tandem.domain import Role
-from tandem.up import Platform, UpOptions
+from tandem.bare import BareOptions, BarePlatform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """What tests use of the platform."""
 
-    platform: Platform
+    platform: BarePlatform
     client: tandem.AsyncClient
     plain: DirectCaller
     prompts: Prompts
@@ -23,7 +23,7 @@ class Cluster:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def cluster() -> AsyncIterator[Cluster]:
-    platform = Platform(UpOptions(port=0))
+    platform = BarePlatform(BareOptions())
     try:
         await platform.start()
         plain = DirectCaller(await platform.add_replica(Role.DECODE, "plain", is_kv_transfer_on=False))

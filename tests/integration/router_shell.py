@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from router.config import RouterConfig
 from router.core import RouterCore
+from router.frontend import Frontend
 from router.server import services
 from router.shell import RouterShell
 from router.tokenizer import Tokenizers
@@ -42,8 +43,11 @@ class Output:
 class Router:
     """The router under test."""
 
-    def __init__(self, shell: RouterShell, registry: CollectorRegistry, channel: grpc.aio.Channel, address: str) -> None:
+    def __init__(
+        self, shell: RouterShell, frontend: Frontend, registry: CollectorRegistry, channel: grpc.aio.Channel, address: str
+    ) -> None:
         self.shell = shell
+        self.frontend = frontend
         self.registry = registry
         self.channel = channel
         self.address = address
@@ -120,12 +124,13 @@ async def serve_router(workers: dict[str, FakeWorker], config: RouterConfig = CO
     registry = CollectorRegistry()
     shell = RouterShell(config, RouterCore(config, Random(1)), RouterMetrics(registry))
     pool = Workers(addresses, shell, Random(2))
-    server = await rpc.start_server("127.0.0.1", 0, services(shell, pool, Tokenizers()))
+    frontend = Frontend(shell, pool, Tokenizers())
+    server = await rpc.start_server("127.0.0.1", 0, services(shell, pool, frontend, None))
     channel = rpc.open_channel(server.address)
     tasks = [asyncio.create_task(shell.tick_forever()), asyncio.create_task(pool.watch_forever())]
     try:
         await eventually(lambda: not is_waiting or len(shell.core.fleet.leases) == len(workers))
-        yield Router(shell, registry, channel, server.address)
+        yield Router(shell, frontend, registry, channel, server.address)
     finally:
         await channel.close(None)
         await server.stop(0.0)

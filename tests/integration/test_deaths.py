@@ -13,14 +13,14 @@ import pytest_asyncio
 import tandem
 from tandem.demo import DirectCaller, Prompts
 from tandem.domain import Role
-from tandem.up import Platform, UpOptions
+from tandem.bare import BareOptions, BarePlatform
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def platform() -> AsyncIterator[Platform]:
-    platform = Platform(UpOptions(port=0))
+async def platform() -> AsyncIterator[BarePlatform]:
+    platform = BarePlatform(BareOptions())
     try:
         await platform.start()
         await platform.add_replica(Role.DECODE, "plain", is_kv_transfer_on=False)
@@ -39,7 +39,7 @@ async def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
     return condition()
 
 
-async def wait_serving(platform: Platform, name: str, old_pid: int) -> None:
+async def wait_serving(platform: BarePlatform, name: str, old_pid: int) -> None:
     """Waits for the replica's next start."""
     assert await eventually(lambda: platform.replicas[name].pid not in (0, old_pid) and bool(platform.replicas[name].address), 30.0)
     async with tandem.AsyncClient(platform.router_address) as client:
@@ -52,7 +52,7 @@ async def wait_serving(platform: Platform, name: str, old_pid: int) -> None:
 
 
 @pytest.mark.parametrize("victim", ["front", "core"])
-async def test_a_decode_worker_killed_mid_stream_costs_a_pause_and_no_token(platform: Platform, victim: str) -> None:
+async def test_a_decode_worker_killed_mid_stream_costs_a_pause_and_no_token(platform: BarePlatform, victim: str) -> None:
     prompts, plain = Prompts(), DirectCaller(platform.replicas["plain"])
     token_ids = prompts.next(600)
     expected = await plain.run(token_ids, 200)
@@ -76,7 +76,7 @@ async def test_a_decode_worker_killed_mid_stream_costs_a_pause_and_no_token(plat
     await plain.close()
 
 
-async def test_a_prefill_worker_killed_before_its_token_is_replaced(platform: Platform) -> None:
+async def test_a_prefill_worker_killed_before_its_token_is_replaced(platform: BarePlatform) -> None:
     prompts, plain = Prompts(), DirectCaller(platform.replicas["plain"])
     token_ids = prompts.next(1400)
     expected = await plain.run(token_ids, 24)
@@ -91,7 +91,7 @@ async def test_a_prefill_worker_killed_before_its_token_is_replaced(platform: Pl
     await plain.close()
 
 
-async def test_the_death_of_the_zygote_takes_no_replica_along(platform: Platform) -> None:
+async def test_the_death_of_the_zygote_takes_no_replica_along(platform: BarePlatform) -> None:
     assert platform.zygote is not None
     os.kill(platform.zygote.pid, signal.SIGKILL)
     async with tandem.AsyncClient(platform.router_address, timeout_s=60.0) as client:

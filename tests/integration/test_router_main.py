@@ -14,13 +14,17 @@ from tests.layers import ROOT
 
 pytestmark = pytest.mark.integration
 
-READY = re.compile(r"router ready address=127\.0\.0\.1:(\d+) metrics=(127\.0\.0\.1:\d+)\n")
+READY = re.compile(r"router ready address=127\.0\.0\.1:(\d+) http=(127\.0\.0\.1:\d+)\n")
 
 
 @contextmanager
 def _router(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "router", "--port", "0", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "router", "--port", "0", "--http-port", "0", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     try:
@@ -46,19 +50,26 @@ def test_a_signal_stops_it_cleanly(number: signal.Signals) -> None:
 
 
 def test_its_metrics_are_served() -> None:
-    with _router() as (_, _, metrics), urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as response:
+    with _router() as (_, _, http), urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as response:
         assert b"tandem_router_running_requests 0.0" in response.read()
 
 
 def test_a_taken_port_is_one_line_that_says_what_to_do() -> None:
-    with _router() as (_, port, metrics):
+    with _router() as (_, port, http):
         taken = _run("--port", port)
         assert (taken.returncode, taken.stdout) == (2, "")
         assert taken.stderr == f"router: port {port} on 127.0.0.1 is in use or not allowed: choose another port\n"
-        taken = _run("--port", "0", "--metrics-port", metrics.rpartition(":")[2])
-        assert taken.returncode == 2
-        assert taken.stderr.count("\n") == 1
-        assert "--metrics-port" in taken.stderr
+        http_port = http.rpartition(":")[2]
+        taken = _run("--port", "0", "--http-port", http_port)
+        assert (taken.returncode, taken.stdout) == (2, "")
+        assert taken.stderr == f"router: HTTP port {http_port} on 127.0.0.1 is in use or not allowed: choose another with --http-port\n"
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_is_none_is_one_line_too(port: str) -> None:
+    refused = _run("--port", "0", "--http-port", port)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "--http-port" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The zygote and its supervisor's side: forks, failures and ends. It forks replicas that fail at once, so vLLM is not imported."""
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -12,20 +13,23 @@ import pytest
 
 from tandem.config import EngineConfig, ReplicaConfig
 from tandem.errors import ConfigError, Reason
-from tandem.launch import ZygoteProcess, spawn_replica
+from tandem.launch import spawn_replica
+from tandem.tether import hold
+from tandem.zygote_client import ZygoteClient
 from tests.layers import ROOT
 
 pytestmark = pytest.mark.integration
 
 WAIT_S = 60.0
 PROGRAM = """
-import socket, sys
+import pathlib, socket, sys
+from tandem.tether import Tether
 from tandem.zygote import Zygote
 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
     listener.bind(sys.argv[1])
     listener.listen()
     print("zygote ready", flush=True)
-    Zygote(listener).run()
+    Zygote(listener, Tether(pathlib.Path(sys.argv[2]), grace_s=0.5)).run()
 """
 
 
@@ -35,11 +39,13 @@ class Forker:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.socket_path = folder / "zygote.sock"
-        self.supervisor = ZygoteProcess(folder, folder / "zygote.log")
+        self.tether_path = folder / "agent.lock"
+        self.tether = hold(self.tether_path)
+        self.client = ZygoteClient(self.socket_path, wait_s=0.2)
 
     async def start(self) -> None:
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", PROGRAM, str(self.socket_path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+            sys.executable, "-c", PROGRAM, str(self.socket_path), str(self.tether_path), stdout=asyncio.subprocess.PIPE, cwd=ROOT
         )
         assert self.process.stdout is not None
         assert await self.process.stdout.readline() == b"zygote ready\n"
@@ -95,7 +101,7 @@ async def test_a_caller_that_leaves_at_once_does_no_harm(forker: Forker) -> None
 
 
 async def test_a_replica_that_cannot_start_says_why(forker: Forker) -> None:
-    replica = await forker.supervisor.fork_replica(forker.config(faults="nonsense=1"))
+    replica = await forker.client.start_replica(forker.config(faults="nonsense=1"))
     with pytest.raises(ConfigError, match="no site 'nonsense'") as caught:
         await replica.wait_ready()
     assert caught.value.reason is Reason.START_FAILED
@@ -109,7 +115,7 @@ async def test_a_forked_replica_is_reaped_with_its_status(forker: Forker) -> Non
 
 
 async def test_a_replica_that_crashes_leaves_its_words_in_its_log(forker: Forker) -> None:
-    replica = await forker.supervisor.fork_replica(forker.config(faults=3))
+    replica = await forker.client.start_replica(forker.config(faults=3))
     with pytest.raises(ConfigError, match=r"ended while starting; its log is .*r-0\.log"):
         await replica.wait_ready()
     await replica.stop()
@@ -118,9 +124,9 @@ async def test_a_replica_that_crashes_leaves_its_words_in_its_log(forker: Forker
     assert "AttributeError" in log
 
 
-async def test_the_end_of_stdin_ends_it(forker: Forker) -> None:
-    assert forker.process.stdin is not None
-    forker.process.stdin.close()
+async def test_the_end_of_its_tether_ends_it(forker: Forker) -> None:
+    assert forker.tether is not None
+    os.close(forker.tether)
     async with asyncio.timeout(WAIT_S):
         assert await forker.process.wait() == 0
 
@@ -135,7 +141,7 @@ async def test_sigterm_ends_it(forker: Forker) -> None:
 async def test_a_replica_is_spawned_where_the_zygote_is_gone(forker: Forker) -> None:
     forker.process.kill()
     await forker.process.wait()
-    replica = await forker.supervisor.fork_replica(forker.config(faults="nonsense=1"))
+    replica = await forker.client.start_replica(forker.config(faults="nonsense=1"))
     assert replica.pid > 0
     with pytest.raises(ConfigError, match="no site 'nonsense'"):
         await replica.wait_ready()

@@ -1,0 +1,240 @@
+"""The autoscaler process: stands for election, and as the leader observes, decides and reconciles until it is told to stop.
+
+The only place that builds its objects. One line on stdout says that it runs, one on stderr why it cannot.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import aclosing, suppress
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from autoscaler.config import PoolLimits, ScalerConfig
+from autoscaler.core import ScalerCore
+from autoscaler.observe import Observer
+from autoscaler.plan import Plan
+from autoscaler.pool import ReplicaNames, model_name
+from autoscaler.ray_pool import RayPool, connect_ray, stop_all
+from autoscaler.reconcile import Reconciler
+from decode_workers.actor import DecodeActor
+from prefill_workers.actor import PrefillActor
+from tandem.channel_pool import ChannelPool
+from tandem.cluster_config import ClusterConfig, cluster_config_from_json, read_section
+from tandem.domain import ReplicaTarget, Role
+from tandem.errors import ConfigError, TandemError
+from tandem.membership import RENEW_S, Member, MemberKind, Register, ServedModel
+from tandem.node_agent import NodeAgent
+from tandem.ray_head import set_ray_environment
+from tandem.redis_register import RedisRegister
+from tandem.registrar import Registrar
+from tandem.telemetry import ScalerMetrics
+
+logger = logging.getLogger(__name__)
+
+_EXIT_CONFIG = 2
+_TICK_S = 1.0  # between observations where nothing happens; nudges and deaths bring the next one at once
+_REFRESH_S = 5.0  # between looks at Ray for what nobody told
+_SETTLE_S = 0.05  # a burst of changes makes one tick
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs an autoscaler; the exit code: 0 stopped by a signal, 2 a setting is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m autoscaler", description="Decides how many replicas there are, and starts and stops them."
+    )
+    parser.add_argument("--config-json", required=True, help="a whole ClusterConfig")
+    parser.add_argument("--redis-url", required=True)
+    parser.add_argument("--ray-address", required=True)
+    parser.add_argument("--id", default=f"autoscaler-{os.getpid()}")
+    parser.add_argument("--stop-all", action="store_true", help="end every actor of the cluster, then exit")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        config = cluster_config_from_json(options.config_json)
+        if options.stop_all:
+            connect_ray(options.ray_address, config)
+            stop_all(config)
+            return 0
+        asyncio.run(_serve(config, options.redis_url, options.ray_address, options.id))
+    except ConfigError as error:
+        print(f"autoscaler: {error.message}", file=sys.stderr)
+        return _EXIT_CONFIG
+    return 0
+
+
+async def _serve(config: ClusterConfig, redis_url: str, ray_address: str, name: str) -> None:
+    set_ray_environment(os.environ, config.host)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    registry = CollectorRegistry()
+    register = RedisRegister(redis_url, config.cluster)
+    metrics_server, thread = start_http_server(0, addr=config.host, registry=registry)
+    channels = ChannelPool()
+    member = Member(
+        kind=MemberKind.AUTOSCALER,
+        member_id=name,
+        incarnation=time.time_ns(),
+        node=socket.gethostname(),
+        pid=os.getpid(),
+        metrics_address=f"{config.host}:{metrics_server.server_port}",
+    )
+    scaler = Autoscaler(config, register, redis_url, ray_address, channels, ScalerMetrics(registry), name)
+    print(f"autoscaler ready metrics={member.metrics_address}", flush=True)
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(Registrar(register, member, stop.set).run(), name="registrar"),
+                group.create_task(scaler.run(), name="autoscaler"),
+            ]
+            await stop.wait()
+            for task in tasks:
+                task.cancel()
+    finally:
+        await channels.close()
+        await register.close()
+        metrics_server.shutdown()
+        metrics_server.server_close()
+        thread.join()
+
+
+class Autoscaler:
+    """One candidate: waits to lead, leads as long as it may."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        register: Register,
+        redis_url: str,
+        ray_address: str,
+        channels: ChannelPool,
+        metrics: ScalerMetrics,
+        name: str,
+    ) -> None:
+        self._config = config
+        self._register = register
+        self._redis_url = redis_url
+        self._ray_address = ray_address
+        self._channels = channels
+        self._metrics = metrics
+        self._name = name
+        self._epoch: int | None = None
+        self._wake = asyncio.Event()
+        self._led_s = 0.0
+        self._must_refresh = False
+
+    async def run(self) -> None:
+        """Stands for election for ever; gives leadership back when cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._stand(), name="election")
+                group.create_task(self._hear_nudges(), name="nudges")
+                group.create_task(self._lead(), name="lead")
+        finally:
+            with suppress(TandemError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await asyncio.shield(self._register.resign(self._name))
+
+    async def _stand(self) -> None:
+        """Holds or takes the lock. Where the register is silent the last word holds: nobody else can have been elected by it."""
+        while True:
+            try:
+                epoch = await self._register.try_lead(self._name)
+            except TandemError as error:
+                logger.warning("election_silent error=%s", error.message)
+            else:
+                if (epoch is None) != (self._epoch is None):
+                    logger.info("leadership candidate=%s is_leader=%s", self._name, epoch is not None)
+                    self._wake.set()
+                self._epoch = epoch
+                self._metrics.is_leader.set(epoch is not None)
+            await asyncio.sleep(RENEW_S)
+
+    async def _hear_nudges(self) -> None:
+        async with aclosing(self._register.nudges(_TICK_S)) as nudges:  # type: ignore[type-var]
+            async for _ in nudges:
+                self._wake.set()
+
+    def _changed(self) -> None:
+        self._must_refresh = True
+        self._wake.set()
+
+    async def _lead(self) -> None:
+        """Connects to Ray once it is the leader; then a tick at each wake-up while it leads."""
+        while self._epoch is None:
+            await self._wake.wait()
+            self._wake.clear()
+        config = self._config
+        pool = RayPool({Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}, NodeAgent, config, self._redis_url, self._changed)
+        await pool.connect(self._ray_address)
+        core = ScalerCore(_limits(config), read_section(ScalerConfig, config.scaler, "scaler."))
+        observer = Observer(self._register, self._channels)
+        try:
+            async with asyncio.TaskGroup() as group:
+                reconciler = Reconciler(
+                    pool,
+                    ReplicaNames(config.models),
+                    self._channels,
+                    group,
+                    on_start_failed=lambda key: core.starts_failed(key, time.monotonic()),
+                )
+                refreshed_s = 0.0
+                while True:
+                    if self._epoch is not None:
+                        if self._must_refresh or time.monotonic() - refreshed_s > _REFRESH_S:
+                            self._must_refresh, refreshed_s = False, time.monotonic()
+                            await pool.refresh()
+                        with self._metrics.ticks.time():
+                            await self._tick(pool, core, observer, reconciler)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_REFRESH_S):
+                            await self._wake.wait()
+                    await asyncio.sleep(_SETTLE_S)
+                    self._wake.clear()
+        finally:
+            await pool.close()
+
+    async def _tick(self, pool: RayPool, core: ScalerCore, observer: Observer, reconciler: Reconciler) -> None:
+        await reconciler.clear()
+        observation = await observer.observe(pool.replicas.values(), reconciler.leaving)
+        plan = core.tick(observation, time.monotonic())
+        for decision in plan:
+            if decision.is_changed:
+                logger.info(
+                    "decision model=%s role=%s replicas=%d current=%d reason=%s detail=%s",
+                    *(decision.model, decision.role, decision.replicas, decision.current, decision.reason, decision.detail),
+                )
+                self._metrics.decisions.labels(decision.model, decision.role, decision.reason).inc()
+            self._metrics.target_replicas.labels(decision.model, decision.role).set(decision.replicas)
+            self._metrics.current_replicas.labels(decision.model, decision.role).set(decision.current)
+        await reconciler.converge(plan, observation)
+        await self._publish(plan)
+
+    async def _publish(self, plan: Plan) -> None:
+        models = [ServedModel(model=model_name(model), is_held=True) for model in self._config.models]
+        targets = [ReplicaTarget(model=item.model, role=item.role, replicas=item.replicas) for item in plan]
+        if self._epoch is None:
+            return
+        try:
+            await self._register.publish(self._epoch, models, targets)
+        except TandemError as error:
+            logger.warning("publish_failed error=%s", error.message)
+
+
+def _limits(config: ClusterConfig) -> list[PoolLimits]:
+    """Every pool's bounds."""
+    limits = []
+    for model in config.models:
+        for role in Role:
+            low, high = model.bounds(role)
+            limits.append(
+                PoolLimits(model=model_name(model), role=role, min_replicas=low, max_replicas=high, initial_replicas=model.replicas(role))
+            )
+    return limits

@@ -1,0 +1,73 @@
+"""What the register says, brought to the router: replicas to watch, models to hold requests for, targets, everybody's metrics.
+
+Must not believe absence too early: a register that was lost and is filled again says nothing of who is away.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+
+from router.shell import RouterShell
+from router.workers import Workers
+from tandem.errors import TandemError
+from tandem.membership import LEASE_S, Member, MemberKind, Register, Snapshot
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+# After a register came back empty: every living member has registered again by then.
+_REFILL_S = 2 * LEASE_S
+
+
+class RegisterView:
+    """The last snapshot, and what follows from it. Run it in a task."""
+
+    def __init__(self, register: Register, shell: RouterShell, workers: Workers, clock: Callable[[], float] = time.monotonic) -> None:
+        self.register = register
+        self.snapshot = Snapshot(generation="", members=())
+        self._shell = shell
+        self._workers = workers
+        self._clock = clock
+        self._complete_s = 0.0  # when the present generation is believed to be complete
+        self._nudge: asyncio.Task[None] | None = None
+        shell.on_demand = self._on_demand
+
+    async def run(self) -> None:
+        """Takes snapshots until cancelled."""
+        async with aclosing(self.register.snapshots(_POLL_S)) as snapshots:  # type: ignore[type-var]
+            async for snapshot in snapshots:
+                self.take(snapshot)
+
+    def take(self, snapshot: Snapshot) -> None:
+        """One snapshot. While the register is being filled again, the replicas known from before stay."""
+        now_s = self._clock()
+        if snapshot.generation != self.snapshot.generation:
+            if self.snapshot.generation:
+                logger.warning("register_lost generation=%s", snapshot.generation)
+            self._complete_s = now_s + _REFILL_S if self.snapshot.generation else now_s
+        known = self.snapshot.members if now_s < self._complete_s else ()
+        present = {(member.kind, member.member_id) for member in snapshot.members}
+        members = (*snapshot.members, *(member for member in known if (member.kind, member.member_id) not in present))
+        models = snapshot.models or self.snapshot.models
+        self.snapshot = Snapshot(
+            generation=snapshot.generation, members=members, models=models, targets=snapshot.targets or self.snapshot.targets
+        )
+        self._workers.follow([member.address for member in self.of(MemberKind.REPLICA)])
+        self._shell.models_held([model.model for model in models if model.is_held])
+
+    def of(self, kind: MemberKind) -> list[Member]:
+        """The members of one kind, by id."""
+        return sorted((member for member in self.snapshot.members if member.kind is kind), key=lambda member: member.member_id)
+
+    def _on_demand(self) -> None:
+        """A request waits for a replica: wakes the autoscaler, one message at a time."""
+        if self._nudge is None or self._nudge.done():
+            self._nudge = asyncio.create_task(self._send_nudge(), name="nudge")
+
+    async def _send_nudge(self) -> None:
+        try:
+            await self.register.nudge()
+        except TandemError as error:
+            logger.warning("nudge_failed error=%s", error.message)

@@ -1,0 +1,209 @@
+"""What one cluster is to be: its models, their replicas, its routers, ports and stores. Resolved once, then sent as JSON.
+
+Order: defaults, the file (TOML), TANDEM_* variables, flags. Must not start or connect to anything.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from tandem.config import MIB
+from tandem.domain import Role
+from tandem.errors import ConfigError
+
+T = TypeVar("T")
+
+MAX_MODELS = 64
+_CLUSTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One model and its two pools. A range `min_* == max_*` switches scaling off for that pool."""
+
+    model: str = "bundled"  # folder, hub name or "bundled"
+    name: str = ""  # what clients call it; empty: the folder's or hub name
+    prefill: int = 1
+    decode: int = 1
+    min_prefill: int | None = None  # None: as many as at the start, so that nothing is scaled that was not asked for
+    max_prefill: int | None = None
+    min_decode: int | None = None
+    max_decode: int | None = None
+    dtype: str = "auto"
+    kv_cache_bytes: int = 128 * MIB
+    context_tokens: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    cpus_per_replica: float = 0.25  # declared to Ray; on CPU engines share cores, and Ray must not refuse the fourth on two
+    gpus_per_replica: float = 0.0
+    memory_bytes_per_replica: int = 0  # declared to Ray; 0: estimated from the weights and the KV cache
+    faults: str = ""
+
+    def replicas(self, role: Role) -> int:
+        """Replicas at the start."""
+        return self.prefill if role is Role.PREFILL else self.decode
+
+    def bounds(self, role: Role) -> tuple[int, int]:
+        """The least and the most replicas the autoscaler may choose."""
+        initial = self.replicas(role)
+        low, high = (self.min_prefill, self.max_prefill) if role is Role.PREFILL else (self.min_decode, self.max_decode)
+        return (initial if low is None else low), (max(initial, low or 0) if high is None else high)
+
+    def validate(self, where: str) -> None:
+        """Raises ConfigError naming the key."""
+        for key in ("prefill", "decode", "min_prefill", "max_prefill", "min_decode", "max_decode"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1000:
+                raise ConfigError(f"{where}{key} must be from 0 to 1000, got {value}")
+        for role in Role:
+            low, high = self.bounds(role)
+            if not low <= self.replicas(role) <= high:
+                raise ConfigError(f"{where}{role} = {self.replicas(role)} is outside min_{role} = {low} and max_{role} = {high}")
+        if sum(self.bounds(role)[1] for role in Role) < 1:
+            raise ConfigError(f"{where}prefill and {where}decode are both 0: at least one replica is needed")
+        if self.kv_cache_bytes < 16 * MIB:
+            raise ConfigError(f"{where}kv_cache_bytes must be at least {16 * MIB}, got {self.kv_cache_bytes}")
+        if self.name and not _NAME.fullmatch(self.name):
+            raise ConfigError(f"{where}name {self.name!r} must have 1 to 128 letters, digits or . _ / : -")
+        for key in ("cpus_per_replica", "gpus_per_replica", "memory_bytes_per_replica"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{where}{key} must not be negative, got {getattr(self, key)}")
+        for key in ("max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{where}{key} must be at least 1, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Everything `tandem up` starts."""
+
+    cluster: str = ""  # empty: user id and random; prefixes Redis keys, the Ray namespace and files
+    host: str = "127.0.0.1"  # of every listener
+    port: int = 8470  # gRPC of the first router, the next ones count up; 0: any free ones
+    http_port: int = 8480  # HTTP, likewise
+    routers: int = 1
+    autoscalers: int = 1  # more than one: the others stand by
+    redis_url: str = ""  # empty: a server of its own on a Unix socket
+    ray_address: str = ""  # empty: a Ray head of its own
+    store_dir: str = ""  # empty: a folder of this cluster's own in /dev/shm
+    store_capacity_bytes: int = 1024 * MIB
+    models: tuple[ModelConfig, ...] = (ModelConfig(),)
+    router: Mapping[str, object] = field(default_factory=dict)  # router.config.RouterConfig
+    scaler: Mapping[str, object] = field(default_factory=dict)  # autoscaler.config.ScalerConfig
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the key."""
+        if self.cluster and not _CLUSTER.fullmatch(self.cluster):
+            raise ConfigError(f"cluster {self.cluster!r} must have 1 to 40 small letters, digits or dashes, and begin with no dash")
+        for key in ("port", "http_port"):
+            if not 0 <= getattr(self, key) <= 65_535:
+                raise ConfigError(f"{key} must be from 0 to 65535, got {getattr(self, key)}")
+        for key, high in (("routers", 16), ("autoscalers", 8)):
+            if not 1 <= getattr(self, key) <= high:
+                raise ConfigError(f"{key} must be from 1 to {high}, got {getattr(self, key)}")
+        if not 1 <= len(self.models) <= MAX_MODELS:
+            raise ConfigError(f"models: from 1 to {MAX_MODELS} models, got {len(self.models)}")
+        for index, model in enumerate(self.models):
+            model.validate(f"models[{index}].")
+        if self.store_capacity_bytes < 16 * MIB:
+            raise ConfigError(f"store_capacity_bytes must be at least {16 * MIB}, got {self.store_capacity_bytes}")
+
+    def to_json(self) -> str:
+        """For other processes; `cluster_config_from_json` reads it."""
+        return json.dumps(asdict(self))
+
+
+def cluster_config_from_json(text: str) -> ClusterConfig:
+    """The configuration that `to_json` wrote. Raises ConfigError."""
+    return _cluster_from(json.loads(text), "")
+
+
+def load_cluster_config(path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str] | None = None) -> ClusterConfig:
+    """Defaults, then the file, then TANDEM_* variables, then `overrides` (None values are absent). Raises ConfigError.
+
+    Keys of ModelConfig among the overrides are the first model's, and only where the file names no more than one.
+    """
+    environ = os.environ if environ is None else environ
+    config = ClusterConfig() if path is None else _cluster_from(_read(path), f"{path}: ")
+    given = {**_from_environment(environ), **{key: value for key, value in overrides.items() if value is not None}}
+    cluster_keys = {item.name for item in fields(ClusterConfig)}
+    of_model = {key: value for key, value in given.items() if key not in cluster_keys}
+    config = replace(config, **{key: value for key, value in given.items() if key in cluster_keys})  # type: ignore[arg-type]
+    if of_model:
+        if len(config.models) > 1:
+            raise ConfigError(f"--{min(of_model).replace('_', '-')} is for one model, and {path} has several: set it there")
+        config = replace(config, models=(replace(config.models[0], **of_model),))  # type: ignore[arg-type]
+    config.validate()
+    return config
+
+
+def read_section(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a table; raises ConfigError naming a key that is unknown, with the nearest valid one, or of the wrong type."""
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in hints:
+            near = get_close_matches(key, hints, n=1, cutoff=0.0)
+            raise ConfigError(f"{where}unknown key {key!r}; the nearest valid one is {near[0]!r}")
+        if not _fits(value, hints[key]):
+            raise ConfigError(f"{where}{key} must be {_said(hints[key])}, got {value!r}")
+    return kind(**{key: float(value) if hints[key] is float else value for key, value in values.items()})
+
+
+def _cluster_from(values: Mapping[str, Any], where: str) -> ClusterConfig:
+    tables = values.get("models", [{}])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{where}models must be a list of tables: [[models]]")
+    models = tuple(read_section(ModelConfig, table, f"{where}models[{index}].") for index, table in enumerate(tables))
+    return replace(read_section(ClusterConfig, {key: value for key, value in values.items() if key != "models"}, where), models=models)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    """TANDEM_<KEY> for every plain key, and the names that Redis and Ray users know."""
+    hints = get_type_hints(ClusterConfig)
+    found: dict[str, object] = {}
+    for key, hint in hints.items():
+        text = environ.get(f"TANDEM_{key.upper()}")
+        if text is None or hint not in (int, str):
+            continue
+        if hint is int and not text.isdecimal():
+            raise ConfigError(f"TANDEM_{key.upper()} must be a number, got {text!r}")
+        found[key] = int(text) if hint is int else text
+    for key, name in (("redis_url", "REDIS_URL"), ("ray_address", "RAY_ADDRESS")):
+        if environ.get(name):
+            found.setdefault(key, environ[name])
+    return found
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
+
+
+def _said(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(_said(part) for part in get_args(hint) if part is not type(None))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, "a table")

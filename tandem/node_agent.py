@@ -1,0 +1,165 @@
+"""The node agent: one detached Ray actor per node, without a CPU of its own, that keeps the node's zygote and store service alive.
+
+Both are detached from it (Ray kills an actor's children) and outlive it for a while: its successor finds them by their files.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from tandem.cluster_config import cluster_config_from_json
+from tandem.launch import has_cuda
+from tandem.node_folder import NodeFacts, NodeFolder
+from tandem.polling import poll_until
+from tandem.tether import GRACE_S, hold
+from tandem.zygote_client import zygote_command, zygote_environment
+
+logger = logging.getLogger(__name__)
+
+_RESTART_PAUSE_S = 0.2
+_MAX_PAUSE_S = 10.0
+_STORE_START_S = 20.0
+_POLL_S = 0.05
+_DETACH = 'exec 3>&-; "$@" </dev/null >>"$TANDEM_LOG" 2>&1 & echo $!'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Daemon:
+    """A process that is not this one's child, known by the file its pid is in."""
+
+    name: str
+    command: list[str]
+    pid_file: Path
+    log: Path
+
+    def try_pid(self) -> int | None:
+        """The pid where it runs."""
+        try:
+            pid = int(self.pid_file.read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return None
+        return pid if os.fsencode(self.command[2]) in command else None  # the module's name: the pid may be another's by now
+
+    async def start(self) -> int:
+        """Starts it through a shell that ends at once, so that it is nobody's child."""
+        process = await asyncio.create_subprocess_exec(
+            "/bin/sh",
+            "-c",
+            _DETACH,
+            "sh",
+            *self.command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env={**zygote_environment(), "TANDEM_LOG": str(self.log)},
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        pid = int(await process.stdout.readline())
+        await process.wait()
+        self.pid_file.write_text(str(pid))
+        return pid
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class NodeAgent:
+    """Keeps the daemons of node `node` alive."""
+
+    def __init__(self, cluster_json: str, node: str, host: str, redis_url: str) -> None:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._config = cluster_config_from_json(cluster_json)
+        self._folder = NodeFolder(self._config.cluster, node)
+        self._host = host
+        self._redis_url = redis_url
+        self._tether: int | None = None
+        self._keepers: list[asyncio.Task[None]] = []
+        self._started: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes the node over and returns once its store service answers; the zygote may still be importing."""
+        if self._started is None:
+            self._started = asyncio.create_task(self._start(), name="start")
+        await asyncio.shield(self._started)
+
+    async def wait(self) -> None:
+        """Never returns: the caller learns of this actor's death by the call's failure."""
+        await asyncio.Event().wait()
+
+    async def _start(self) -> None:
+        self._folder.make()
+        self._tether = await poll_until(lambda: hold(self._folder.tether), _POLL_S)  # a predecessor may just be dying
+        if not has_cuda():
+            self._keep(self._zygote())
+        store_dir = Path(self._config.store_dir) / self._folder.node if self._config.store_dir else self._folder.default_store_dir
+        address_file = self._folder.path / "store.address"
+        self._keep(self._store(store_dir, address_file))
+        async with asyncio.timeout(_STORE_START_S):
+            await poll_until(address_file.exists, _POLL_S)
+        facts = NodeFacts(node=self._folder.node, store_dir=str(store_dir), store_address=address_file.read_text().strip())
+        self._folder.write_facts(facts)
+
+    def _zygote(self) -> Daemon:
+        command = zygote_command(self._folder.zygote_socket, self._folder.tether, grace_s=GRACE_S)
+        return Daemon(name="zygote", command=command, pid_file=self._folder.path / "zygote.pid", log=self._folder.log("zygote"))
+
+    def _store(self, store_dir: Path, address_file: Path) -> Daemon:
+        command = [
+            *(sys.executable, "-m", "kv_transfer"),
+            f"--store-dir={store_dir}",
+            f"--capacity-bytes={self._config.store_capacity_bytes}",
+            f"--host={self._host}",
+            f"--node={self._folder.node}",
+            f"--address-file={address_file}",
+            f"--tether={self._folder.tether}",
+            f"--cluster={self._config.cluster}",
+            f"--redis-url={self._redis_url}",
+        ]
+        return Daemon(name="store", command=command, pid_file=self._folder.path / "store.pid", log=self._folder.log("store"))
+
+    def _keep(self, daemon: Daemon) -> None:
+        self._keepers.append(asyncio.create_task(_keep_alive(daemon), name=f"keep {daemon.name}"))
+
+    async def pids(self) -> str:
+        """The daemons' pids by name, as JSON."""
+        names = ("zygote", "store")
+        found = {name: self._folder.path / f"{name}.pid" for name in names}
+        return json.dumps({name: int(path.read_text()) for name, path in found.items() if path.exists()})
+
+
+async def _keep_alive(daemon: Daemon) -> None:
+    """Starts it where it does not run and again whenever it ends, with a growing pause where it ends at once."""
+    pause_s = _RESTART_PAUSE_S
+    while True:
+        started_s = asyncio.get_running_loop().time()
+        try:
+            pid = daemon.try_pid() or await daemon.start()
+            logger.info("daemon_runs name=%s pid=%d", daemon.name, pid)
+            await _ended(pid)
+        except OSError as error:
+            logger.warning("daemon_not_started name=%s error=%s", daemon.name, error)
+        logger.warning("daemon_ended name=%s", daemon.name)
+        lived_s = asyncio.get_running_loop().time() - started_s
+        pause_s = _RESTART_PAUSE_S if lived_s > _MAX_PAUSE_S else min(2 * pause_s, _MAX_PAUSE_S)
+        await asyncio.sleep(pause_s)
+
+
+async def _ended(pid: int) -> None:
+    """Returns when the process is gone."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

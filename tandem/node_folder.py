@@ -1,0 +1,65 @@
+"""Where one node of one cluster keeps its sockets, logs and blocks: the same paths for agent, actors and clean-up.
+
+Two Ray nodes on one machine (a test) have two folders.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.endpoint import endpoint_folder
+
+SHM = Path("/dev/shm")
+
+
+def cluster_folder(cluster: str) -> Path:
+    """Private files of a cluster on this machine: sockets, logs, Ray's session."""
+    return endpoint_folder() / cluster
+
+
+def shm_folder(cluster: str) -> Path:
+    """The cluster's KV blocks on this machine."""
+    return SHM / f"tandem-{cluster}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What a node's agent found or made: where its replicas keep blocks and ask for those of other nodes."""
+
+    node: str
+    store_dir: str
+    store_address: str
+
+
+class NodeFolder:
+    """The folder of one node."""
+
+    def __init__(self, cluster: str, node: str) -> None:
+        self.node = node
+        self.path = cluster_folder(cluster) / node
+        self.default_store_dir = shm_folder(cluster) / node
+        self.zygote_socket = self.path / "zygote.sock"
+        self.tether = self.path / "agent.lock"
+        self._facts = self.path / "node.json"
+
+    def make(self) -> None:
+        """Makes it, for this user alone."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def log(self, name: str) -> Path:
+        """Where a process of this node logs."""
+        return self.path / f"{name}.log"
+
+    def write_facts(self, facts: NodeFacts) -> None:
+        """Leaves them for the node's replicas, in one step."""
+        temporary = self._facts.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"node": facts.node, "store_dir": facts.store_dir, "store_address": facts.store_address}))
+        os.replace(temporary, self._facts)
+
+    def try_read_facts(self) -> NodeFacts | None:
+        """What the agent wrote; None before that."""
+        try:
+            return NodeFacts(**json.loads(self._facts.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None

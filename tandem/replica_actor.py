@@ -1,0 +1,70 @@
+"""What the actors of both roles do: complete the replica's settings with their node's, supervise it, tell when it changes.
+
+Must not import Ray: the actor modules do.
+"""
+
+import asyncio
+import logging
+import sys
+from dataclasses import replace
+
+from tandem.config import ReplicaConfig, replica_config_from_json
+from tandem.launch import has_cuda, spawn_replica
+from tandem.node_folder import NodeFacts, NodeFolder
+from tandem.polling import poll_until
+from tandem.supervisor import ReplicaSupervisor, SupervisorReport
+from tandem.zygote_client import ZygoteClient
+
+_FACTS_WAIT_S = 60.0
+_POLL_S = 0.05
+
+
+class ReplicaActor:
+    """Supervises one replica. Every method may be called again, by the next leader too."""
+
+    def __init__(self, config_json: str, *, node: str) -> None:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        self._config = replica_config_from_json(config_json)
+        self._folder = NodeFolder(self._config.cluster, node)
+        self._supervisor: ReplicaSupervisor | None = None
+        self._started: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begins to supervise, once. Returns when the replica has been asked for."""
+        if self._started is None:
+            self._started = asyncio.create_task(self._start(), name="start")
+        await asyncio.shield(self._started)
+
+    async def report(self, version: int) -> dict[str, object]:
+        """The replica's report once it is newer than `version`."""
+        supervisor = await poll_until(lambda: self._supervisor, _POLL_S)
+        report: SupervisorReport = await supervisor.changed(version)
+        return report.to_dict()
+
+    async def stop(self) -> None:
+        """Ends the replica; the actor is of no use afterwards."""
+        if self._supervisor is not None:
+            await self._supervisor.stop()
+
+    async def _start(self) -> None:
+        config = _complete(self._config, self._folder, await _facts(self._folder))
+        start = spawn_replica if has_cuda() else ZygoteClient(self._folder.zygote_socket).start_replica
+        self._supervisor = ReplicaSupervisor(config, start)
+        self._supervisor.begin()
+
+
+def _complete(config: ReplicaConfig, folder: NodeFolder, facts: NodeFacts) -> ReplicaConfig:
+    return replace(
+        config,
+        node=facts.node,
+        runtime_dir=str(folder.path),
+        log_path=str(folder.log(config.replica_id)),
+        store_address=facts.store_address,
+        engine=replace(config.engine, store_dir=facts.store_dir),
+    )
+
+
+async def _facts(folder: NodeFolder) -> NodeFacts:
+    """What the node's agent wrote; it may still be starting. Raises TimeoutError, which fails the actor."""
+    async with asyncio.timeout(_FACTS_WAIT_S):
+        return await poll_until(folder.try_read_facts, _POLL_S)

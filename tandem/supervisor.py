@@ -1,0 +1,129 @@
+"""Keeps one replica process alive: starts it, starts it again when it dies, gives up after a few deaths a minute.
+
+Knows neither Ray nor routers; a Ray actor or a test owns it and stops it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+
+from tandem.config import ReplicaConfig
+from tandem.errors import ConfigError
+from tandem.launch import ReplicaProcess
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+RESTART_WINDOW_S = 60.0
+
+Start = Callable[[ReplicaConfig], Awaitable[ReplicaProcess]]
+
+
+class SupervisedState(StrEnum):
+    """Where a supervised replica is."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorReport:
+    """What a supervisor says of its replica. `version` grows with every change."""
+
+    replica_id: str
+    state: SupervisedState
+    version: int
+    pid: int = 0
+    address: str = ""
+    incarnation: int = 0
+    restarts: int = 0
+    error: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for another process."""
+        return asdict(self)
+
+
+class ReplicaSupervisor:
+    """One replica. `start` is how a process comes up: `ZygoteClient.start_replica` or `spawn_replica`."""
+
+    def __init__(self, config: ReplicaConfig, start: Start) -> None:
+        self._config = config
+        self._start = start
+        self._task: asyncio.Task[None] | None = None
+        self._process: ReplicaProcess | None = None
+        self._changed = asyncio.Condition()
+        self.report = SupervisorReport(replica_id=config.replica_id, state=SupervisedState.STARTING, version=0)
+
+    @property
+    def process(self) -> ReplicaProcess | None:
+        """The process that runs now."""
+        return self._process
+
+    def begin(self) -> None:
+        """Starts supervising; nothing where that has been done."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._supervise(), name=f"supervise {self._config.replica_id}")
+
+    async def changed(self, version: int) -> SupervisorReport:
+        """Waits until the report is newer than `version`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.report.version > version)
+            return self.report
+
+    async def wait_running(self) -> ReplicaProcess:
+        """The process once it serves. Raises ConfigError with its own words where it does not come up."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.report.state is not SupervisedState.STARTING)
+        if self.report.state is not SupervisedState.RUNNING or self._process is None:
+            raise ConfigError(self.report.error or f"replica {self._config.replica_id} is stopped")
+        return self._process
+
+    async def stop(self) -> None:
+        """Ends the replica for good: it has its grace time, then SIGKILL."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._process is not None:
+            await self._process.stop()
+        await self._tell(state=SupervisedState.STOPPED, pid=0)
+
+    async def _supervise(self) -> None:
+        deaths_s: list[float] = []
+        config = self._config
+        while True:
+            config = replace(config, incarnation=time.time_ns())
+            error = ""
+            try:
+                self._process = await self._start(config)
+                await self._process.wait_ready()
+            except (ConfigError, OSError) as failure:
+                error = str(failure)
+                if self._process is not None:
+                    await self._process.stop()
+            else:
+                process = self._process
+                await self._tell(
+                    state=SupervisedState.RUNNING, pid=process.pid, address=process.address, incarnation=config.incarnation, error=""
+                )
+                await process.exited
+                await process.stop()
+                config = replace(config, port=int(process.address.rpartition(":")[2]))
+                error = f"replica {config.replica_id} died; its log is {config.log_path}"
+            now_s = time.monotonic()
+            deaths_s = [death_s for death_s in deaths_s if now_s - death_s < RESTART_WINDOW_S] + [now_s]
+            logger.warning("replica_died replica_id=%s deaths=%d error=%s", config.replica_id, len(deaths_s), error)
+            if len(deaths_s) > MAX_RESTARTS or self.report.version == 0:  # what never came up will not the second time
+                await self._tell(state=SupervisedState.FAILED, pid=0, error=error)
+                return
+            await self._tell(state=SupervisedState.STARTING, pid=0, restarts=self.report.restarts + 1, error=error)
+
+    async def _tell(self, **changes: object) -> None:
+        async with self._changed:
+            self.report = replace(self.report, version=self.report.version + 1, **changes)  # type: ignore[arg-type]
+            self._changed.notify_all()

@@ -1,0 +1,127 @@
+"""How HTTP answers end early: deadlines, clients that leave or stop reading, the router's stop."""
+
+import asyncio
+import contextlib
+import json
+from dataclasses import replace
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from router.event_stream import EventStream
+from router.http_calls import HTTP_CALL
+from tests.integration.fake_worker import Faults
+from tests.integration.http_router import PROMPT, serve_http, serving
+from tests.integration.router_shell import CONFIG, eventually
+
+pytestmark = pytest.mark.integration
+
+
+async def _read_until_tokens(response: aiohttp.ClientResponse) -> None:
+    line = await response.content.readline()
+    assert line.startswith(b"data: {")
+
+
+@pytest.mark.parametrize("hang_at", [0, 4])
+async def test_a_deadline_ends_the_request_and_frees_all(hang_at: int) -> None:
+    async with serve_http(decode_0=Faults(hang_at=hang_at)) as http:
+        answer = await http.complete({"x-request-timeout-ms": "300"}, stream=True)
+        if hang_at == 0:
+            assert (answer.status, answer.error["type"]) == (504, "timeout_error")
+        else:
+            assert answer.events[-1]["error"]["type"] == "timeout_error"
+        await http.router.becomes_idle()
+        assert http.router.metric("tandem_router_requests_total", model="m", outcome="deadline") == 1
+        await eventually(lambda: http.workers["decode_0"].state.running_requests == 0)
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "nan", "inf"])
+async def test_a_deadline_that_is_no_time_names_its_header(value: str) -> None:
+    async with serve_http(decode_0=Faults()) as http:
+        answer = await http.complete({"x-request-timeout-ms": value})
+        assert (answer.status, answer.error["param"]) == (400, "x-request-timeout-ms")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("prompts", [[PROMPT], [PROMPT, [4, 5]]])
+async def test_a_client_that_leaves_frees_router_and_worker(is_stream: bool, prompts: list[list[int]]) -> None:
+    async with serve_http(decode_0=Faults(hang_at=4)) as http:
+        worker = http.workers["decode_0"]
+        call = asyncio.create_task(http.complete(prompt=prompts, stream=is_stream))
+        await eventually(lambda: worker.state.running_requests == len(prompts))
+        await worker.hangs.wait()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        async with asyncio.timeout(1):
+            await http.router.becomes_idle()
+            await eventually(lambda: worker.state.running_requests == 0)
+        assert http.router.metric("tandem_router_requests_total", model="m", outcome="client_cancelled") == len(prompts)
+        await eventually(lambda: http.router.metric("tandem_router_http_responses_total", route="/v1/completions", status="499") == 1)
+
+
+async def test_a_client_that_leaves_in_the_queue_frees_its_place() -> None:
+    async with serve_http(replace(CONFIG, max_running_requests=1), decode_0=Faults(hang_at=4)) as http:
+        first = asyncio.create_task(http.complete())
+        await http.workers["decode_0"].hangs.wait()
+        second = asyncio.create_task(http.complete())
+        await eventually(lambda: http.router.shell.core.queued_requests == 1)
+        second.cancel()
+        await eventually(lambda: http.router.shell.core.queued_requests == 0)
+        assert len(http.workers["decode_0"].requests) == 1
+        first.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+
+
+async def test_a_client_that_stops_reading_is_cut_off() -> None:
+    ended = asyncio.Event()
+
+    async def pour(request: web.Request) -> web.StreamResponse:
+        events = request[HTTP_CALL].events = EventStream(request, {}, stall_s=0.2)
+        try:
+            while True:
+                await events.send(b"x" * 2**16)
+        finally:
+            ended.set()
+
+    async with serving(web.get("/pour", pour)) as address:
+        reader, writer = await asyncio.open_connection(*address.split(":"), limit=1024)
+        writer.write(b"GET /pour HTTP/1.1\r\nHost: h\r\n\r\n")
+        await asyncio.wait_for(ended.wait(), 10)
+        with contextlib.suppress(ConnectionResetError):
+            assert not (await asyncio.wait_for(reader.read(), 10)).endswith(b"0\r\n\r\n")  # broken off, not ended
+        writer.close()
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
+
+
+async def test_a_running_stream_may_end_within_the_grace() -> None:
+    async with serve_http(decode_0=Faults()) as http:
+        http.workers["decode_0"].token_delay_s = 0.02
+        url = f"http://{http.server.address}/v1/completions"
+        async with http.session.post(url, json={"prompt": PROMPT, "stream": True, "max_tokens": 20}) as response:
+            await _read_until_tokens(response)
+            stopping = asyncio.create_task(http.server.stop(5.0))
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        await stopping
+
+
+async def test_after_the_grace_a_stream_ends_with_an_error_and_new_calls_are_refused() -> None:
+    async with serve_http(decode_0=Faults(hang_at=2)) as http:
+        url = f"http://{http.server.address}/v1/completions"
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.server.port)  # connected before the stop
+        async with http.session.post(url, json={"prompt": PROMPT, "stream": True}) as response:
+            await _read_until_tokens(response)
+            await http.workers["decode_0"].hangs.wait()
+            stopping = asyncio.create_task(http.server.stop(0.5))
+            await asyncio.sleep(0.1)
+            body = b'{"prompt": [1]}'
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+            writer.write(head + body)
+            assert b" 503 " in await reader.readline()
+            rest = await response.read()
+        await stopping
+        writer.close()
+        await writer.wait_closed()
+        assert json.loads(rest.decode().split("data: ")[-1])["error"]["code"] == "draining"
+        await http.router.becomes_idle()

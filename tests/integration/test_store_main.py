@@ -1,0 +1,107 @@
+"""`python -m kv_transfer` as a process: one ready line, a clean stop, and one line of help where it cannot start."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.layers import ROOT
+
+pytestmark = pytest.mark.integration
+
+READY = re.compile(r"store ready address=127\.0\.0\.1:(\d+) metrics=(127\.0\.0\.1:\d+)\n")
+COMMAND = (sys.executable, "-m", "kv_transfer", "--capacity-bytes", str(64 << 20))
+
+
+@contextmanager
+def _store(folder: Path, *arguments: str, inherited: int = 1) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
+    process = subprocess.Popen(
+        [*COMMAND, "--store-dir", str(folder), *arguments],
+        cwd=ROOT,
+        pass_fds=(inherited,),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        ready = READY.fullmatch(process.stdout.readline())
+        assert ready is not None
+        yield process, ready[1], ready[2]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    with _store(tmp_path / "store") as (process, _, _):
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (0, "")
+        assert "Traceback" not in err
+
+
+def test_the_end_of_its_lifeline_stops_it(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, _store(tmp_path / "store", f"--lifeline-fd={theirs.fileno()}", inherited=theirs.fileno()) as (process, _, _):
+        theirs.close()
+        ours.sendall(b"still here\n")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        ours.close()
+        assert process.wait(timeout=30) == 0
+
+
+def test_it_leaves_no_open_file_with_bytes_behind(tmp_path: Path) -> None:
+    with _store(tmp_path / "store") as (process, _, _):
+        links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd")]
+        assert [link for link in links if link.startswith(str(tmp_path))] == []
+
+
+def test_its_metrics_are_served(tmp_path: Path) -> None:
+    with _store(tmp_path / "store") as (_, _, metrics), urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    for line in ("tandem_store_blocks 0.0", "tandem_store_used_bytes 0.0", "tandem_store_capacity_bytes 6.7108864e+07"):
+        assert line in lines
+    for name in ("fetched_blocks", "fetched_bytes", "served_blocks", "served_bytes", "corrupt_blocks", "evicted_blocks"):
+        assert f"tandem_store_{name}_total 0.0" in lines
+
+
+def test_a_taken_port_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    folder = ("--store-dir", str(tmp_path / "store"))
+    with _store(tmp_path / "store") as (_, port, metrics):
+        taken = _run(*folder, "--port", port)
+        assert (taken.returncode, taken.stdout) == (2, "")
+        assert taken.stderr == f"store: port {port} on 127.0.0.1 is in use or not allowed: choose another port\n"
+        taken = _run(*folder, "--metrics-port", metrics.rpartition(":")[2])
+        assert (taken.returncode, taken.stderr.count("\n")) == (2, 1)
+        assert "--metrics-port" in taken.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--store-dir", ""), "--store-dir must name a folder"),
+        (("--store-dir", "s", "--capacity-bytes", "5"), "--capacity-bytes must be at least 1048576, got 5"),
+        (("--store-dir", "s", "--port", "70000"), "--port must be from 0 to 65535, got 70000"),
+        (("--store-dir", "s", "--lifeline-fd", "77"), "--lifeline-fd 77 is no open descriptor"),
+        (("--store-dir", "/proc/nowhere"), "cannot use /proc/nowhere for KV blocks"),
+    ],
+)
+def test_a_bad_setting_is_one_line(arguments: tuple[str, ...], text: str) -> None:
+    refused = _run(*arguments)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith(f"store: {text}")
