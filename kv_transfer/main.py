@@ -116,11 +116,15 @@ async def _serve_until_told(options: StoreOptions, beside: Beside | None) -> Non
         loop.add_signal_handler(number, stop.set)
     if options.lifeline_fd is not None:
         loop.add_reader(options.lifeline_fd, _stop_at_end, options.lifeline_fd, stop)
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_watch_tether(Tether(Path(options.tether)), stop), name="tether")] if options.tether else []
-        await serve(_with_last_port(options), stop, beside or _announcer(options, stop))
-        for task in tasks:
-            task.cancel()
+
+    async def beside_it(addresses: StoreAddresses) -> None:
+        async with asyncio.TaskGroup() as group:
+            if options.tether:
+                group.create_task(_watch_tether(Tether(Path(options.tether)), stop), name="tether")
+            group.create_task((beside or _announcer(options, stop))(addresses), name="announce")
+
+    # Not under the task group: what cannot be used is said in one line, not in a group of errors.
+    await serve(_with_last_port(options), stop, beside_it)
 
 
 async def _watch_tether(tether: Tether, stop: asyncio.Event) -> None:

@@ -24,6 +24,7 @@ from tandem.v1 import store_pb2
 logger = logging.getLogger(__name__)
 
 TIER = "shm"
+_HOST_PORT = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\]):[0-9]{1,5}")
 _HASH_BYTES = 32
 _NAMESPACE_BYTES = 16
 _MESSAGE_BYTES = 1 << 20  # of block bytes: enough for the cost of a message to vanish, and little to hold
@@ -124,8 +125,7 @@ class StoreService:
     async def copy(self, request: store_pb2.CopyRequest, call: ServerCall) -> store_pb2.CopyResponse:
         """Fetches what is not here, in order; whole blocks that had come stay where the call fails or ends early."""
         keys = _read_keys(request.namespace, request.block_hashes)
-        host, _, port = request.from_address.rpartition(":")
-        if not host or "/" in host or not port.isdecimal():
+        if not _HOST_PORT.fullmatch(request.from_address):
             raise InvalidRequestError("from_address", "is not HOST:PORT")
         copied_blocks = await self._copier.copy(keys, request.from_address, _time_limit_s(call))
         held_blocks = leading_count(await asyncio.to_thread(self._store.contains, keys))

@@ -80,6 +80,7 @@ def up(
     max_decode: Annotated[int | None, typer.Option(min=0, help="Decode replicas at most.")] = None,
     routers: Annotated[int | None, typer.Option(min=1, help="Routers. Default: 1.")] = None,
     autoscalers: Annotated[int | None, typer.Option(min=1, help="Autoscalers; one leads, the others stand by. Default: 1.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address that everything listens on. Default: 127.0.0.1.")] = None,
     port: Annotated[
         int | None, typer.Option(min=0, max=65_535, help="The first router's gRPC port; 0 for any free one. Default: 8470.")
     ] = None,

@@ -29,21 +29,24 @@ _TLS_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ce
 class Hints:
     """One subscribed channel. The text of a hint does not matter, only that there was one."""
 
-    def __init__(self, pubsub: PubSub) -> None:
+    def __init__(self, pubsub: PubSub, answer_timeout_s: float) -> None:
         self._pubsub = pubsub
+        self._answer_timeout_s = answer_timeout_s
 
     async def wait(self, timeout_s: float) -> None:
         """Returns after `timeout_s`, or COALESCE_S after a hint. Raises UnavailableError where the connection is lost."""
-        with _translated():
-            if await self.next(timeout_s):
-                loop = asyncio.get_running_loop()
-                ends_s = loop.time() + COALESCE_S
-                while (left_s := ends_s - loop.time()) > 0:
-                    await self.next(left_s)
+        if await self.next(timeout_s):
+            loop = asyncio.get_running_loop()
+            ends_s = loop.time() + COALESCE_S
+            while (left_s := ends_s - loop.time()) > 0:
+                await self.next(left_s)
 
     async def next(self, timeout_s: float) -> bool:
-        """Whether a message came within `timeout_s`; raises errors of redis-py."""
-        return await self._pubsub.get_message(timeout=timeout_s) is not None
+        """Whether a message came within `timeout_s`; raises UnavailableError."""
+        with _translated():
+            # The outer limit is for redis-py's attempt to connect again before it reports a lost connection.
+            async with asyncio.timeout(timeout_s + self._answer_timeout_s):
+                return await self._pubsub.get_message(timeout=timeout_s) is not None
 
 
 class RedisLink:
@@ -59,7 +62,9 @@ class RedisLink:
         try:
             self._redis = Redis.from_url(
                 url,
-                socket_timeout=timeout_s,
+                # With one, redis-py sends through asyncio.wait_for, which may swallow a cancellation on CPython 3.11.
+                # asyncio.timeout bounds each call instead.
+                socket_timeout=None,
                 socket_connect_timeout=timeout_s,
                 retry=Retry(NoBackoff(), 0),  # by default redis-py tries again for seconds
                 protocol=2,  # one exchange less at the start; we need nothing of 3
@@ -91,12 +96,12 @@ class RedisLink:
         """Hints of a channel; none is missed once this is entered. Its connection is closed at the end, whatever the end is."""
         pubsub = self._redis.pubsub()
         try:
-            hints = Hints(pubsub)
+            hints = Hints(pubsub, self._timeout_s)
             with _translated():
                 async with asyncio.timeout(self._timeout_s):
                     await pubsub.subscribe(channel)
                     if not await hints.next(self._timeout_s):  # the server's confirmation
-                        raise TimeoutError(f"no answer within {self._timeout_s:g} s")
+                        raise TimeoutError
             yield hints
         finally:
             with _translated():

@@ -212,11 +212,11 @@ def _token_warnings(completed: Sequence[RequestRecord]) -> list[str]:
 
 
 def _lag_warnings(send_lag: Spread, loop_lag: Spread, ttft: Spread, itl: Spread) -> list[str]:
-    """A line for each lag that is large beside a figure it enters."""
+    """A line for the lag that is largest beside a figure it enters, where that is large."""
     pairs = (("sent requests", send_lag, "TTFT", ttft), ("read messages", loop_lag, "TTFT", ttft), ("read messages", loop_lag, "ITL", itl))
-    return [
-        f"doubtful: the load generator {what} late by {lag.p99 * 1000:.1f} ms at p99, beside a p99 {name} of {figure.p99 * 1000:.1f} ms;"
-        " give it a lower rate or an idle machine"
+    shares = [
+        (lag.p99 / figure.p99, f"{what} late by {lag.p99 * 1000:.1f} ms at p99, beside a p99 {name} of {figure.p99 * 1000:.1f} ms")
         for what, lag, name, figure in pairs
-        if lag.p99 is not None and figure.p99 is not None and lag.p99 > max(_LAG_FLOOR_S, _LAG_FRACTION * figure.p99)
+        if lag.p99 is not None and figure.p99 and lag.p99 > max(_LAG_FLOOR_S, _LAG_FRACTION * figure.p99)
     ]
+    return [f"doubtful: the load generator {max(shares)[1]}; give it a lower rate or an idle machine"] if shares else []

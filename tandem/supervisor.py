@@ -111,7 +111,7 @@ class ReplicaSupervisor:
                 await self._tell(
                     state=SupervisedState.RUNNING, pid=process.pid, address=process.address, incarnation=config.incarnation, error=""
                 )
-                await process.exited
+                await asyncio.shield(process.exited)
                 await process.stop()
                 config = replace(config, port=int(process.address.rpartition(":")[2]))
                 error = f"replica {config.replica_id} died; its log is {config.log_path}"

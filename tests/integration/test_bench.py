@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+import pty
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
@@ -16,6 +17,7 @@ import pytest
 from tandem.bench.command import BenchResult, run_bench
 from tandem.bench.load import LoadRun, Progress
 from tandem.bench.options import BenchOptions
+from tandem.bench.tandem_target import TandemTarget
 from tandem.bench.target import Call
 from tandem.errors import ConfigError, ProtocolError, TandemError, UnavailableError
 from tandem.report import Outcome, RequestRecord
@@ -241,6 +243,16 @@ async def test_a_router_is_loaded_through_the_sdk() -> None:
     assert (result.report.itl.count, result.workload["endpoint_kind"]) == (9, "grpc")
 
 
+async def test_a_routers_refusal_is_counted_by_its_reason() -> None:
+    request = PlannedRequest(index=0, send_at_s=0.0, prompt_tokens=2, output_tokens=4)
+    async with serve(FakeInference()) as server:
+        target = TandemTarget(server.address, timeout_s=10.0)
+        run = LoadRun([request], lambda planned: target.prepare(planned, [5, 6], "full"))
+        await run.run()
+        await target.close()
+    assert (run.records[0].outcome, run.records[0].reason) == (Outcome.FAILED, "queue_full")
+
+
 @pytest.mark.asyncio(loop_scope="session")
 async def test_the_platform_is_loaded_and_answers_every_request_in_full(cluster: Cluster) -> None:
     options = BenchOptions(
@@ -259,10 +271,11 @@ async def test_the_platform_is_loaded_and_answers_every_request_in_full(cluster:
     assert result.report.counts.prompt_tokens == result.workload["mean_prompt_tokens"] * 12  # type: ignore[operator]
 
 
-async def start(*arguments: str) -> Process:
+async def start(*arguments: str, stderr: int = PIPE) -> Process:
     program = "from tandem.cli import main; main()"
+    environ = {**os.environ, "TERM": "xterm"}
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, "bench", *arguments, env=dict(os.environ), stdin=DEVNULL, stdout=PIPE, stderr=PIPE
+        sys.executable, "-c", program, "bench", *arguments, env=environ, stdin=DEVNULL, stdout=PIPE, stderr=stderr
     )
 
 
@@ -284,6 +297,19 @@ async def test_the_command_ends_with_status_1_where_requests_failed(fake: FakeOp
     output, _ = await process.communicate()
     assert process.returncode == 1
     assert "failed: 2 x http_429" in output.decode()
+
+
+async def test_a_terminal_shows_the_progress(fake: FakeOpenAI) -> None:
+    terminal, its_end = pty.openpty()
+    try:
+        process = await start("--url", fake.url, "--rate", "inf", "--requests", "2", "--output-tokens", "2", stderr=its_end)
+        os.close(its_end)
+        output, _ = await process.communicate()
+        shown = os.read(terminal, 65_536).decode()
+    finally:
+        os.close(terminal)
+    assert (process.returncode, "2 sent, 2 completed" in output.decode()) == (0, True)
+    assert "0/2 0 in flight, 0 failed" in shown
 
 
 async def test_ctrl_c_prints_what_there_is(fake: FakeOpenAI, tmp_path: Path) -> None:

@@ -47,6 +47,29 @@ async def inside(server: RedisProcess) -> AsyncIterator[Redis]:
         yield redis
 
 
+class TestCancellation:
+    async def test_a_cancellation_is_never_swallowed(self, open_register: Open) -> None:
+        register = open_register()
+
+        async def renew_for_ever() -> None:
+            while True:
+                await register.renew(member())
+
+        async def watch() -> None:
+            async with aclosing(register.snapshots(NEVER_S)) as snapshots:
+                async for _ in snapshots:
+                    pass
+
+        for steps in range(400):  # each cancels at another point of what redis-py does
+            tasks = {asyncio.create_task(renew_for_ever()), asyncio.create_task(watch())}
+            for _ in range(1 + steps % 40):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            _, deaf = await asyncio.wait(tasks, timeout=5.0)
+            assert not deaf
+
+
 class TestAServerThatIsLost:
     async def test_every_call_says_unavailable(self, server: RedisProcess, open_register: Open) -> None:
         register = open_register()

@@ -98,7 +98,7 @@ def test_a_taken_port_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
         (("--store-dir", "s", "--capacity-bytes", "5"), "--capacity-bytes must be at least 1048576, got 5"),
         (("--store-dir", "s", "--port", "70000"), "--port must be from 0 to 65535, got 70000"),
         (("--store-dir", "s", "--lifeline-fd", "77"), "--lifeline-fd 77 is no open descriptor"),
-        (("--store-dir", "/proc/nowhere"), "cannot use /proc/nowhere for KV blocks"),
+        (("--store-dir", "/proc/nowhere"), "no room for KV blocks in /proc"),
     ],
 )
 def test_a_bad_setting_is_one_line(arguments: tuple[str, ...], text: str) -> None:

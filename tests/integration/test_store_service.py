@@ -223,7 +223,7 @@ class TestQuestions:
             await ask(near, "Evict", store_pb2.EvictRequest(namespace=namespace, block_hashes=[block_hash]))
         assert caught.value.field == field
 
-    @pytest.mark.parametrize("address", ["", "nowhere", ":1", "unix:/tmp/x", "host:http"])
+    @pytest.mark.parametrize("address", ["", "nowhere", ":1", "unix:/tmp/x", "host:http", "a:1,b:2"])
     async def test_an_address_that_is_none_is_refused(self, near: Node, address: str) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             await near.copy(KEYS, address)

@@ -1,0 +1,29 @@
+"""Hashing a prompt in slices gives what hashing it at once gives."""
+
+import asyncio
+
+import pytest
+
+from kv_transfer.blocks import block_hashes
+from kv_transfer.manifest import hash_in_slices
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 4, 255, 256, 257, 512, 1003])
+@pytest.mark.parametrize("salt", ["", "tenant"])
+async def test_slices_make_one_chain(tokens: int, salt: str) -> None:
+    assert await hash_in_slices(range(tokens), 4, salt) == block_hashes(range(tokens), 4, salt)
+
+
+async def test_the_loop_turns_between_slices() -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await hash_in_slices(range(64 * 4 * 10), 4, "")
+    counting.cancel()
+    assert turns == 10
