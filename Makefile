@@ -18,7 +18,7 @@ QUICK_TESTS := $(wildcard tests/unit tests/contract tests/property tests/sim tes
 INTEGRATION_TESTS := $(wildcard tests/integration/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit integration proto wheel clean
+.PHONY: help setup demo test lint unit integration prometheus proto wheel clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ $(STAMP):
 demo: setup  ## start the whole platform on the bundled model, send prompts, check every token, stop
 	@$(BIN)/python -m tandem.demo --json build/demo.json
 
-test: lint  ## what CI runs: lint, types, all tests, and full branch coverage of the pure files
+test: lint prometheus  ## what CI runs: lint, types, all tests, and full branch coverage of the pure files
 	$(BIN)/python -m pytest --cov --cov-report= $(QUICK_TESTS)
 	$(BIN)/python -m coverage report --include="$$(paste -sd, tests/pure_files.txt)" --fail-under=100 --show-missing --skip-covered
 	$(if $(INTEGRATION_TESTS),$(BIN)/python -m pytest $(INTEGRATION_TESTS))
@@ -56,8 +56,12 @@ lint: setup  ## formatting, lint rules and types
 unit: setup  ## the unit tests alone
 	$(BIN)/python -m pytest tests/unit
 
-integration: setup  ## the tests with the real parts alone
+integration: setup prometheus  ## the tests with the real parts alone
 	$(BIN)/python -m pytest tests/integration
+
+# Where it cannot be had the tests that need it fail and say so, after all others have had their turn.
+prometheus:  ## fetch Debian's Prometheus into build/ for the tests, where none is on PATH
+	@{ command -v prometheus && command -v promtool; } >/dev/null || deploy/prometheus/fetch build/prometheus || true
 
 proto: setup  ## generate tandem/v1 from proto/
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. proto/tandem/v1/*.proto

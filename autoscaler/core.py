@@ -86,7 +86,8 @@ class _ModelRules:
         self, observation: Observation, demand: ModelDemand, manual: Mapping[PoolKey, ReplicaTarget], now_s: float
     ) -> Sequence[PoolDecision]:
         views = self._views(observation, demand)
-        is_used = demand.is_waiting or demand.recent_requests > 0 or any(view.is_working for view in views.values())
+        # What was just asked for has its idle time before it.
+        is_used = demand.is_waiting or demand.recent_requests > 0 or any(view.is_working or view.starting for view in views.values())
         # Where data are missing it may be in use; at the first tick nothing is known of before.
         self._active_s = now_s if is_used or not observation.is_complete else min(self._active_s, now_s)
         is_down = not any(view.live for view in views.values())

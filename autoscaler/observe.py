@@ -1,10 +1,11 @@
 """Gathers one Observation: what the routers see, what the pool says of its replicas, what was set by hand.
 
-Must not decide. A router or register that does not answer makes the observation incomplete.
+Must not decide. A router or register that does not answer makes the observation incomplete, and so does one that is being filled again.
 """
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from autoscaler.pool import PoolReplica
 from tandem.cluster_view import ClusterStatus, ReplicaStatus, status_from_pb
 from tandem.domain import ModelId, ReplicaId, ReplicaState, ReplicaTarget
 from tandem.errors import TandemError
-from tandem.membership import Member, MemberKind, Register
+from tandem.membership import REFILL_S, Member, MemberKind, Register
 from tandem.rpc import call
 from tandem.supervisor import SupervisedState
 from tandem.v1 import control_pb2
@@ -37,6 +38,7 @@ class Observer:
         self._clock = clock
         self._served: dict[str, Counter[ModelId]] = {}  # by router: requests so far
         self._generation = ""
+        self._complete_s = -math.inf  # when the register is believed to name every router again
         self._manual: tuple[ReplicaTarget, ...] = ()
         self._manual_s = 0.0  # when they were read
 
@@ -46,6 +48,7 @@ class Observer:
             snapshot = await self._register.snapshot()
             if self._generation not in ("", snapshot.generation):
                 await self._restore_manual()
+                self._complete_s = self._clock() + REFILL_S
             self._generation = snapshot.generation
             manual = self._manual = await self._register.manual_targets()
             self._manual_s = self._clock()
@@ -54,21 +57,22 @@ class Observer:
             return merge(replicas, leaving, (), (), {}, manual=(), is_complete=False)
         routers = [member for member in snapshot.members if member.kind is MemberKind.ROUTER]
         answers = await asyncio.gather(*(self._ask(router) for router in routers))
-        statuses = [status for status, _ in (answer for answer in answers if answer is not None)]
-        queues = [queue for _, queues in (answer for answer in answers if answer is not None) for queue in queues]
-        recent = self._recent(
-            [(router.member_id, answer[1]) for router, answer in zip(routers, answers, strict=True) if answer is not None]
-        )
-        is_complete = bool(routers) and len(statuses) == len(routers)
+        heard = {router.member_id: answer for router, answer in zip(routers, answers, strict=True) if answer is not None}
+        statuses = [status for status, _ in heard.values()]
+        queues = [queue for _, router_queues in heard.values() for queue in router_queues]
+        recent = self._recent({router_id: router_queues for router_id, (_, router_queues) in heard.items()})
+        self._served = {router.member_id: self._served[router.member_id] for router in routers if router.member_id in self._served}
+        is_complete = bool(routers) and len(statuses) == len(routers) and self._clock() >= self._complete_s
         return merge(replicas, leaving, statuses, queues, recent, manual=manual, is_complete=is_complete)
 
     async def _restore_manual(self) -> None:
-        """The register was lost: what was set by hand is written again, with the time it had left."""
+        """The register was lost: what was set by hand is written again, with the time it had left; what was set since then stays."""
         passed_s = self._clock() - self._manual_s
+        newer = {(target.model, target.role) for target in await self._register.manual_targets()}
         left = [
             replace(target, expires_in_s=target.expires_in_s - passed_s if target.expires_in_s else 0.0)
             for target in self._manual
-            if target.expires_in_s == 0.0 or target.expires_in_s > passed_s
+            if (target.expires_in_s == 0.0 or target.expires_in_s > passed_s) and (target.model, target.role) not in newer
         ]
         if left:
             logger.warning("manual_targets_restored targets=%d", len(left))
@@ -88,16 +92,15 @@ class Observer:
             logger.warning("router_silent router=%s error=%s", router.member_id, error.message)
             return None
 
-    def _recent(self, routers: Sequence[tuple[str, Sequence[control_pb2.ModelQueue]]]) -> Counter[ModelId]:
-        """Requests accepted since the last time, by model; a router that restarted counts from zero."""
+    def _recent(self, heard: Mapping[str, Sequence[control_pb2.ModelQueue]]) -> Counter[ModelId]:
+        """Requests accepted since each router was last heard, by model; a router that restarted counts from zero."""
         recent: Counter[ModelId] = Counter()
-        before, self._served = self._served, {}
-        for router_id, queues in routers:
+        for router_id, queues in heard.items():
             now = Counter({ModelId(queue.model): queue.requests_total for queue in queues})
+            before = self._served.get(router_id, now)
             self._served[router_id] = now
             for model, total in now.items():
-                past = before.get(router_id, now)[model]
-                recent[model] += total - past if total >= past else total
+                recent[model] += total - before[model] if total >= before[model] else total
         return recent
 
 

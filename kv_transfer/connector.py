@@ -27,6 +27,7 @@ from kv_transfer.planner import KvDirective, ScheduledRequest, StepJobs, Transfe
 from kv_transfer.publisher import Publisher
 from kv_transfer.shm_store import ShmStore
 from tandem.domain import Namespace
+from tandem.engine.quiet_groups import quiet_process_groups
 from tandem.errors import ConfigError
 from tandem.faults import Faults
 from tandem.parenthood import die_with_parent
@@ -86,6 +87,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             # In the engine's process: without it an engine outlives its killed replica for ever.
             die_with_parent()
+            quiet_process_groups()
             spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
             self._planner = TransferPlanner(
                 self._store,

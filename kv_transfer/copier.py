@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from kv_transfer.blocks import BlockKey
 from kv_transfer.codec import is_intact
-from kv_transfer.peer_client import PeerChannels, fetching
+from kv_transfer.peer_client import fetching
 from kv_transfer.store import BlockStore, PutOutcome
+from tandem.channel_pool import ChannelPool
 from tandem.domain import BlockHash, Namespace
 from tandem.errors import Reason, UnavailableError
 from tandem.rpc import parse_answer
@@ -42,7 +43,7 @@ class BlockCopier:
     `has_stored` is set with each message that was stored, `needs_room` once enough has come, or found no room, for an eviction to be due.
     """
 
-    def __init__(self, store: BlockStore, channels: PeerChannels, totals: StoreTotals, *, evict_after_bytes: int) -> None:
+    def __init__(self, store: BlockStore, channels: ChannelPool, totals: StoreTotals, *, evict_after_bytes: int) -> None:
         self._store = store
         self._channels = channels
         self._totals = totals
@@ -91,7 +92,7 @@ class BlockCopier:
     async def _receive(self, keys: list[BlockKey], from_address: str, timeout_s: float) -> int:
         stored = 0
         wanted = {key.block_hash for key in keys}
-        async with fetching(await self._channels.get(from_address), keys, timeout_s=timeout_s) as stream:
+        async with fetching(self._channels(from_address), keys, timeout_s=timeout_s) as stream:
             while True:
                 try:
                     async with asyncio.timeout(_SILENCE_S):

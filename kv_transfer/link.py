@@ -9,10 +9,11 @@ from pathlib import Path
 
 from kv_transfer.notices import Notice, NoticeReceiver
 from kv_transfer.planner import KvDirective
-from tandem.config import EngineConfig
+from tandem.config import MIB, EngineConfig
 from tandem.domain import Namespace
 from tandem.engine.base import KvLoaded, KvTotals
 
+_STAGING_BYTES = 64 * MIB  # its pages are touched at the start, so they count
 _CONNECTOR = ("TandemConnector", "kv_transfer.connector")
 
 
@@ -39,7 +40,7 @@ class StoreLink:
             store_dir=config.store_dir,
             store_capacity_bytes=config.store_capacity_bytes,
             notice_path=str(self._receiver.path),
-            staging_bytes=config.staging_bytes,
+            staging_bytes=min(_STAGING_BYTES, config.kv_cache_bytes // 4) if config.staging_bytes is None else config.staging_bytes,
             sync_load_bytes=config.sync_load_bytes,
             faults=config.faults,
         )

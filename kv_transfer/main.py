@@ -19,10 +19,10 @@ import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
 
 from kv_transfer.copier import BlockCopier, StoreTotals
-from kv_transfer.peer_client import PeerChannels
 from kv_transfer.service import StoreService
 from kv_transfer.shm_room import check_room
 from kv_transfer.shm_store import ShmStore
+from tandem.channel_pool import ChannelPool
 from tandem.errors import ConfigError, Reason
 from tandem.membership import Member, MemberKind
 from tandem.polling import poll_until
@@ -179,7 +179,7 @@ async def serve(options: StoreOptions, stop: asyncio.Event, beside: Beside | Non
     folder = Path(options.store_dir)
     check_room(folder)
     store = ShmStore(folder, capacity_bytes=options.capacity_bytes)
-    channels, totals, registry = PeerChannels(), StoreTotals(), CollectorRegistry()
+    channels, totals, registry = ChannelPool(), StoreTotals(), CollectorRegistry()
     copier = BlockCopier(store, channels, totals, evict_after_bytes=options.capacity_bytes // 16)
     served = StoreService(options.node, store, copier, totals)
     registry.register(StoreCollector(lambda: asdict(store.stats()), lambda: asdict(totals)))

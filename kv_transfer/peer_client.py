@@ -1,9 +1,8 @@
-"""The calling side of a store service: channels to other nodes, and the two calls that move blocks.
+"""The calling side of a store service: the two calls that move blocks.
 
 Must not touch a store: what comes is checked and stored by `copier.py`.
 """
 
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,12 +11,11 @@ import grpc.aio
 
 from kv_transfer.blocks import BlockKey
 from tandem.domain import BlockHash, Namespace
-from tandem.rpc import ResponseStream, call, open_channel, open_stream
+from tandem.rpc import ResponseStream, call, open_stream
 from tandem.v1 import store_pb2
 
 # Of one call: the blocks of a prompt of half a million tokens, and half a megabyte of hashes.
 MAX_BLOCKS_PER_CALL = 16_384
-_MAX_CHANNELS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,28 +24,6 @@ class Copied:
 
     copied_blocks: int
     held_blocks: int
-
-
-class PeerChannels:
-    """Channels by address, kept open; the least recently used one is closed above 256, its calls cancelled."""
-
-    def __init__(self) -> None:
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
-
-    async def get(self, address: str) -> grpc.aio.Channel:
-        """The channel to `address`, opened at the first call."""
-        if address not in self._channels:
-            self._channels[address] = open_channel(address)
-        channel = self._channels[address]
-        self._channels.move_to_end(address)
-        if len(self._channels) > _MAX_CHANNELS:
-            await self._channels.popitem(last=False)[1].close(None)
-        return channel
-
-    async def close(self) -> None:
-        """Closes them all."""
-        while self._channels:
-            await self._channels.popitem()[1].close(None)
 
 
 async def copy_blocks(

@@ -45,11 +45,6 @@ class Fleet:
         """Models that are or were served, or are to be, by name."""
         return tuple(sorted({*self._models, *self._held}))
 
-    @property
-    def seen_models(self) -> tuple[ModelId, ...]:
-        """Models of which a replica has been seen, by name."""
-        return tuple(sorted(self._models))
-
     def get(self, replica_id: ReplicaId) -> Lease | None:
         """The replica's lease; None where it is not reachable."""
         return self._leases.get(replica_id)

@@ -12,13 +12,11 @@ from contextlib import aclosing
 from router.shell import RouterShell
 from router.workers import Workers
 from tandem.errors import TandemError
-from tandem.membership import LEASE_S, Member, MemberKind, Register, Snapshot
+from tandem.membership import REFILL_S, Member, MemberKind, Register, Snapshot
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
-# After a register came back empty: every living member has registered again by then.
-_REFILL_S = 2 * LEASE_S
 
 
 class RegisterView:
@@ -46,7 +44,7 @@ class RegisterView:
         if snapshot.generation != self.snapshot.generation:
             if self.snapshot.generation:
                 logger.warning("register_lost generation=%s", snapshot.generation)
-            self._complete_s = now_s + _REFILL_S if self.snapshot.generation else now_s
+            self._complete_s = now_s + REFILL_S if self.snapshot.generation else now_s
         known = self.snapshot.members if now_s < self._complete_s else ()
         present = {(member.kind, member.member_id) for member in snapshot.members}
         members = (*snapshot.members, *(member for member in known if (member.kind, member.member_id) not in present))

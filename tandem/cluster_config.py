@@ -4,6 +4,7 @@ Order: defaults, the file (TOML), TANDEM_* variables, flags. Must not start or c
 """
 
 import json
+import math
 import os
 import re
 import tomllib
@@ -74,11 +75,12 @@ class ModelConfig:
         if self.name and not _NAME.fullmatch(self.name):
             raise ConfigError(f"{where}name {self.name!r} must have 1 to 128 letters, digits or . _ / : -")
         for key in ("cpus_per_replica", "gpus_per_replica", "memory_bytes_per_replica"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"{where}{key} must not be negative, got {getattr(self, key)}")
-        for key in ("max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{where}{key} must be at least 1, got {getattr(self, key)}")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ConfigError(f"{where}{key} must be a number and not negative, got {getattr(self, key)}")
+        for key in ("max_num_seqs", "max_num_batched_tokens", "context_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"{where}{key} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,18 +105,28 @@ class ClusterConfig:
         """Raises ConfigError naming the key."""
         if self.cluster and not _CLUSTER.fullmatch(self.cluster):
             raise ConfigError(f"cluster {self.cluster!r} must have 1 to 40 small letters, digits or dashes, and begin with no dash")
-        for key in ("port", "http_port"):
-            if not 0 <= getattr(self, key) <= 65_535:
-                raise ConfigError(f"{key} must be from 0 to 65535, got {getattr(self, key)}")
+        if not self.host:
+            raise ConfigError("host must not be empty")
         for key, high in (("routers", 16), ("autoscalers", 8)):
             if not 1 <= getattr(self, key) <= high:
                 raise ConfigError(f"{key} must be from 1 to {high}, got {getattr(self, key)}")
+        self._validate_ports()
         if not 1 <= len(self.models) <= MAX_MODELS:
             raise ConfigError(f"models: from 1 to {MAX_MODELS} models, got {len(self.models)}")
         for index, model in enumerate(self.models):
             model.validate(f"models[{index}].")
         if self.store_capacity_bytes < 16 * MIB:
             raise ConfigError(f"store_capacity_bytes must be at least {16 * MIB}, got {self.store_capacity_bytes}")
+
+    def _validate_ports(self) -> None:
+        """The routers' ports count up from the first; those of gRPC and HTTP must not meet."""
+        last = 65_535 - self.routers + 1
+        for key in ("port", "http_port"):
+            if not 0 <= getattr(self, key) <= last:
+                raise ConfigError(f"{key} must be from 0 to {last} (routers = {self.routers}), got {getattr(self, key)}")
+        if self.port and self.http_port and abs(self.port - self.http_port) < self.routers:
+            ports = f"port {self.port} and http_port {self.http_port}"
+            raise ConfigError(f"{ports} must be at least {self.routers} apart (routers = {self.routers})")
 
     def to_json(self) -> str:
         """For other processes; `cluster_config_from_json` reads it."""
@@ -123,7 +135,13 @@ class ClusterConfig:
 
 def cluster_config_from_json(text: str) -> ClusterConfig:
     """The configuration that `to_json` wrote. Raises ConfigError."""
-    return _cluster_from(json.loads(text), "")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"the cluster's configuration is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the cluster's configuration must be an object, got {type(values).__name__}")
+    return _cluster_from(values, "")
 
 
 def load_cluster_config(path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str] | None = None) -> ClusterConfig:
@@ -137,9 +155,9 @@ def load_cluster_config(path: Path | None, overrides: Mapping[str, object], envi
     cluster_keys = {item.name for item in fields(ClusterConfig)}
     of_model = {key: value for key, value in given.items() if key not in cluster_keys}
     config = replace(config, **{key: value for key, value in given.items() if key in cluster_keys})  # type: ignore[arg-type]
-    if of_model:
-        if len(config.models) > 1:
-            raise ConfigError(f"--{min(of_model).replace('_', '-')} is for one model, and {path} has several: set it there")
+    if of_model and len(config.models) > 1:
+        raise ConfigError(f"--{min(of_model).replace('_', '-')} is for one model, and {path} has several: set it there")
+    if of_model and config.models:
         config = replace(config, models=(replace(config.models[0], **of_model),))  # type: ignore[arg-type]
     config.validate()
     return config
@@ -175,12 +193,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
-    """TANDEM_<KEY> for every plain key, and the names that Redis and Ray users know."""
+    """TANDEM_<KEY> for every plain key, and the names that Redis and Ray users know; an empty variable is none."""
     hints = get_type_hints(ClusterConfig)
     found: dict[str, object] = {}
     for key, hint in hints.items():
         text = environ.get(f"TANDEM_{key.upper()}")
-        if text is None or hint not in (int, str):
+        if not text or hint not in (int, str):
             continue
         if hint is int and not text.isdecimal():
             raise ConfigError(f"TANDEM_{key.upper()} must be a number, got {text!r}")

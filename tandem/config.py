@@ -24,7 +24,8 @@ class EngineConfig:
     is_kv_transfer_on: bool = True
     store_dir: str = ""
     store_capacity_bytes: int = 1024 * MIB
-    staging_bytes: int = 64 * MIB  # blocks on their way to the store; where it is full, blocks are not published
+    # Blocks on their way to the store; where it is full, blocks are not published. None: a quarter of the KV cache, 64 MiB at most.
+    staging_bytes: int | None = None
     sync_load_bytes: int = 64 * MIB  # loaded inside one step at most: 64 MiB take about 5 ms
     faults: str = ""
 

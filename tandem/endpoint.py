@@ -123,7 +123,7 @@ def _read(path: Path) -> tuple[int, str, str] | None:
             written_ns = os.fstat(file.fileno()).st_mtime_ns
             endpoints = json.loads(file.read(_MAX_FILE_BYTES))
         return written_ns, path.name, _host_port(str(path), endpoints["grpc"])
-    except (OSError, ValueError, LookupError, TypeError, ConfigError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError):
         return None
 
 

@@ -29,9 +29,8 @@ _TLS_OPTIONS = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ce
 class Hints:
     """One subscribed channel. The text of a hint does not matter, only that there was one."""
 
-    def __init__(self, pubsub: PubSub, answer_timeout_s: float) -> None:
+    def __init__(self, pubsub: PubSub) -> None:
         self._pubsub = pubsub
-        self._answer_timeout_s = answer_timeout_s
 
     async def wait(self, timeout_s: float) -> None:
         """Returns after `timeout_s`, or COALESCE_S after a hint. Raises UnavailableError where the connection is lost."""
@@ -44,9 +43,7 @@ class Hints:
     async def next(self, timeout_s: float) -> bool:
         """Whether a message came within `timeout_s`; raises UnavailableError."""
         with _translated():
-            # The outer limit is for redis-py's attempt to connect again before it reports a lost connection.
-            async with asyncio.timeout(timeout_s + self._answer_timeout_s):
-                return await self._pubsub.get_message(timeout=timeout_s) is not None
+            return await self._pubsub.get_message(timeout=timeout_s) is not None
 
 
 class RedisLink:
@@ -66,7 +63,9 @@ class RedisLink:
                 # asyncio.timeout bounds each call instead.
                 socket_timeout=None,
                 socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),  # by default redis-py tries again for seconds
+                # By default redis-py tries again for seconds. No error is one to try again after: else a subscription would connect
+                # once more, without a limit of time, before it says that it is lost.
+                retry=Retry(NoBackoff(), 0, supported_errors=()),
                 protocol=2,  # one exchange less at the start; we need nothing of 3
                 decode_responses=True,
                 encoding_errors="replace",
@@ -96,7 +95,7 @@ class RedisLink:
         """Hints of a channel; none is missed once this is entered. Its connection is closed at the end, whatever the end is."""
         pubsub = self._redis.pubsub()
         try:
-            hints = Hints(pubsub, self._timeout_s)
+            hints = Hints(pubsub)
             with _translated():
                 async with asyncio.timeout(self._timeout_s):
                     await pubsub.subscribe(channel)

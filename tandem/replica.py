@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Changes within this time travel in one message: the tokens that caused them have the processor first.
 _WATCH_MIN_S = 0.02
+# Nothing runs, so nothing changes unsaid: a sign of life, four of them in a router's watch_silence_s.
+_WATCH_IDLE_S = 0.5
 _LEASE_POLL_S = 3600.0  # the lease tells when it changes
 _STAMP_KINDS = {
     StampKind.ACCEPTED: worker_pb2.RequestStamp.KIND_ACCEPTED,
@@ -79,7 +81,7 @@ class WorkerService:
                 await call.write(message)
                 sequence += 1
                 await asyncio.sleep(_WATCH_MIN_S)
-                stamps = await watcher.changed(self._watch_interval_s)
+                stamps = await watcher.changed(self._watch_interval_s if self._state.running_requests else _WATCH_IDLE_S)
 
     def load(self) -> WorkerLoad:
         """What routers are told."""

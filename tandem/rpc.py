@@ -226,15 +226,17 @@ def open_sync_channel(address: str) -> grpc.Channel:
 
 
 def _target(address: str) -> str:
-    """gRPC's own list of addresses, which takes no names: those are looked up here."""
+    """gRPC's own list of addresses, which takes no names: those are looked up here. IPv6 ones go together or not at all."""
     parts = address.split(",")
     if len(parts) == 1:
         return address
+    if all(part.startswith("[") for part in parts):
+        return f"ipv6:{address}"
     found = []
     for host, _, port in (part.rpartition(":") for part in parts):
         try:
             found.append(f"{socket.gethostbyname(host)}:{port}")
-        except OSError:
+        except (OSError, UnicodeError):
             continue  # the others may be known
     return f"ipv4:{','.join(found)}" if found else parts[0]
 

@@ -72,6 +72,7 @@ class Platform:
         self.router_addresses: list[str] = [""] * self.config.routers
         self.http_addresses: list[str] = [""] * self.config.routers
         self.register: RedisRegister | None = None
+        self.ready_replicas = 0  # at the end of the start
         self._progress = progress
         self._keepers: list[asyncio.Task[None]] = []
         self._guard: Process | None = None
@@ -107,6 +108,10 @@ class Platform:
             await self._guard.wait()
         for child in self.children.values():
             await stop_process(child.process)
+
+    @property
+    def _configured_replicas(self) -> int:
+        return sum(model.prefill + model.decode for model in self.config.models)
 
     async def _claim(self) -> None:
         """Takes the cluster id for this process and has the guard watch it. Raises ConfigError where it is in use."""
@@ -217,13 +222,14 @@ class Platform:
     async def _wait_ready(self) -> None:
         """Until every replica that is configured has its lease; says what is waited for. Raises ConfigError."""
         assert self.register is not None
-        wanted = sum(model.prefill + model.decode for model in self.config.models)
         try:
             async with asyncio.timeout(_READY_S), aclosing(self.register.snapshots(1.0)) as snapshots:
                 async for snapshot in snapshots:
                     ready = count_replicas(snapshot)
+                    wanted = sum(target.replicas for target in snapshot.targets) or self._configured_replicas
                     self._progress(f"waiting for replicas: {ready} of {wanted} serve")
                     if ready >= wanted:
+                        self.ready_replicas = ready
                         return
                     self._check_children()
         except TimeoutError as error:
@@ -346,8 +352,7 @@ async def _run_up(config: ClusterConfig, console: Console) -> None:
 
 
 def _print_ready(console: Console, platform: Platform, took_s: float) -> None:
-    replicas = sum(model.prefill + model.decode for model in platform.config.models)
-    console.print(f"ready in {took_s:.1f} s: {replicas} replicas, cluster {platform.cluster}", highlight=False)
+    console.print(f"ready in {took_s:.1f} s: {platform.ready_replicas} replicas, cluster {platform.cluster}", highlight=False)
     for name, addresses in (("gRPC  ", platform.router_addresses), ("HTTP  ", [f"http://{item}" for item in platform.http_addresses])):
         console.print(f"  {name}    {', '.join(addresses)}", highlight=False)
     console.print(f"  logs      {platform.folder}", highlight=False)

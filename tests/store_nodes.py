@@ -128,10 +128,10 @@ class Node:
 
 
 def read_metric(address: str, name: str) -> float:
-    """The value of a metric without labels, or with the labels in `name`."""
+    """The value of a metric without labels, or with the labels in `name`; 0 where it is not there yet."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as response:
         lines = [line.rpartition(" ") for line in response.read().decode().splitlines()]
-    return next(float(value) for found, _, value in lines if found == name)
+    return next((float(value) for found, _, value in lines if found == name), 0.0)
 
 
 async def until(is_so: Callable[[], bool]) -> None:

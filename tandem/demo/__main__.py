@@ -246,7 +246,7 @@ async def one_after_the_other(client: tandem.AsyncClient, cases: Sequence[Sequen
 async def wait_for_decode(client: tandem.AsyncClient, is_so: Callable[[list[Lease]], bool]) -> list[Lease]:
     """The decode replicas, once it is so."""
     async with asyncio.timeout(_SCALE_S):
-        while not is_so(leases := await decode_leases(client)):
+        while not is_so(leases := await decode_leases(client)):  # noqa: ASYNC110 - the cluster tells nobody
             await asyncio.sleep(_POLL_S)
     return leases
 

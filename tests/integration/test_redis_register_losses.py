@@ -151,6 +151,38 @@ class TestAServerThatIsLost:
             await register.nudge()
             await soon(anext(nudges))
 
+    async def test_a_watcher_does_not_stick_to_a_server_that_accepts_and_never_answers(
+        self, server: RedisProcess, open_register: Open, tmp_path: Path
+    ) -> None:
+        writers: list[asyncio.StreamWriter] = []
+        is_tried_again = asyncio.Event()
+
+        async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.append(writer)
+            if len(writers) == 2:
+                is_tried_again.set()
+
+        async def watch(snapshots: AsyncGenerator[Snapshot, None], is_begun: asyncio.Event) -> None:
+            async with aclosing(snapshots):
+                await anext(snapshots)
+                is_begun.set()
+                await anext(snapshots)
+
+        is_begun = asyncio.Event()
+        watching = asyncio.create_task(watch(open_register(timeout_s=0.2).snapshots(NEVER_S), is_begun))
+        try:
+            await soon(is_begun.wait())
+            server.kill()
+            async with await asyncio.start_unix_server(say_nothing, tmp_path / "redis.sock"):
+                await soon(is_tried_again.wait())
+            await server.start()
+            await soon(watching)
+        finally:
+            watching.cancel()
+            for writer in writers:
+                writer.close()
+            await asyncio.gather(watching, *(writer.wait_closed() for writer in writers), return_exceptions=True)
+
     async def test_nobody_is_nudged_by_a_server_that_hangs(self, server: RedisProcess, open_register: Open) -> None:
         async with aclosing(open_register(timeout_s=0.1).nudges(0.05)) as nudges:
             await soon(anext(nudges))

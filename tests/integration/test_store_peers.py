@@ -10,8 +10,8 @@ import pytest
 from kv_transfer.codec import pack_header
 from kv_transfer.copier import BlockCopier, StoreTotals
 from kv_transfer.main import StoreAddresses, StoreOptions, serve
-from kv_transfer.peer_client import PeerChannels
 from kv_transfer.shm_store import ShmStore
+from tandem.channel_pool import ChannelPool
 from tandem.errors import ProtocolError, TandemError
 from tandem.rpc import ServerCall, service, start_server
 from tandem.v1 import store_pb2
@@ -64,7 +64,7 @@ class Pair:
 
 @pytest.fixture
 async def pair() -> AsyncIterator[Pair]:
-    peer, store, totals, channels = OddPeer(), DictStore(), StoreTotals(), PeerChannels()
+    peer, store, totals, channels = OddPeer(), DictStore(), StoreTotals(), ChannelPool()
     server = await start_server("127.0.0.1", 0, {"tandem.v1.Store": service(store_pb2, "Store", peer)})
     yield Pair(peer, server.address, store, totals, BlockCopier(store, channels, totals, evict_after_bytes=1 << 20))
     await channels.close()
@@ -107,7 +107,7 @@ async def test_bytes_that_are_no_message_end_the_copy(pair: Pair) -> None:
 
 
 async def test_a_block_without_room_is_counted_and_asks_for_an_eviction(pair: Pair) -> None:
-    copier = BlockCopier(DictStore(max_bytes=10), PeerChannels(), pair.totals, evict_after_bytes=1 << 20)
+    copier = BlockCopier(DictStore(max_bytes=10), ChannelPool(), pair.totals, evict_after_bytes=1 << 20)
     pair.peer.messages = [store_pb2.FetchResponse(blocks=[stored_block()])]
     assert await copier.copy([A], pair.address, WAIT_S) == 0
     assert pair.totals == StoreTotals(unstored_blocks=1)

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tandem.endpoint import endpoint_folder, remove_endpoint_file, resolve_endpoint, write_endpoint_file
+from tandem.endpoint import (
+    endpoint_folder,
+    known_clusters,
+    read_endpoint_file,
+    remove_endpoint_file,
+    resolve_endpoint,
+    write_endpoint_file,
+)
 from tandem.errors import ConfigError
 
 
@@ -79,7 +86,42 @@ def test_what_is_no_host_and_port_is_refused_by_its_source(endpoint: str) -> Non
             resolve_endpoint(None, {"TANDEM_ENDPOINT": endpoint})
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:8470", "localhost:1", "router-0.tandem.svc:65535", "[::1]:8470"])
+@pytest.mark.parametrize("endpoint", ["a:1,", ",a:1", "a:1,,b:2", "a:1, b:2", "a:1,b", "a:1,b:0", "a:1;b:2"])
+def test_a_list_is_refused_where_one_part_is_no_host_and_port(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="endpoint must be host:port"):
+        resolve_endpoint(endpoint, {})
+
+
+def test_the_list_of_routers_in_a_file_is_taken_whole(environ: dict[str, str]) -> None:
+    write_endpoint_file("a", {"grpc": "127.0.0.1:8470,127.0.0.1:8471"}, environ)
+    assert resolve_endpoint(None, environ) == "127.0.0.1:8470,127.0.0.1:8471"
+
+
+def test_the_file_of_a_cluster_that_still_starts_is_passed_over(environ: dict[str, str]) -> None:
+    written_at(write_endpoint_file("good", {"grpc": "good:1"}, environ), 1_000)
+    write_endpoint_file("starting", {"cluster": "starting", "pid": 1}, environ)
+    assert resolve_endpoint(None, environ) == "good:1"
+
+
+def test_one_clusters_file_is_read_back_and_a_damaged_one_is_none(environ: dict[str, str]) -> None:
+    path = write_endpoint_file("a", {"pid": 7}, environ)
+    assert read_endpoint_file("a", environ) == {"pid": 7}
+    for content in ("", "{", "[]", "7"):
+        path.write_text(content)
+        assert read_endpoint_file("a", environ) is None
+    assert read_endpoint_file("b", environ) is None
+
+
+def test_clusters_are_known_by_their_file_or_their_folder(environ: dict[str, str]) -> None:
+    assert known_clusters(environ) == []
+    write_endpoint_file("both", {}, environ)
+    write_endpoint_file("file", {}, environ)
+    for name in ("both", "folder", ".hidden"):
+        (endpoint_folder(environ) / name).mkdir()
+    assert known_clusters(environ) == ["both", "file", "folder"]
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:8470", "localhost:1", "router-0.tandem.svc:65535", "[::1]:8470", "a:1,[::1]:2,c:3"])
 def test_hosts_and_addresses_are_taken(endpoint: str) -> None:
     assert resolve_endpoint(endpoint, {}) == endpoint
 

@@ -87,3 +87,52 @@ def test_models_without_replicas_are_forgotten_beyond_the_bound() -> None:
     fleet.see(make_lease("more2", model=ModelId("more2")), 2.0)
     assert "m7" not in fleet.models
     assert len(fleet.models) == MAX_KNOWN_MODELS + 1
+
+
+def test_a_held_model_is_awaited_until_a_replica_of_it_is_seen() -> None:
+    fleet = Fleet()
+    assert fleet.awaited("m") is None
+    fleet.hold([M])
+    assert fleet.is_held(M)
+    assert fleet.models == ("m",)
+    assert (fleet.awaited("m"), fleet.awaited(""), fleet.awaited("x")) == ("m", "m", None)
+    assert fleet.last_lease(M) is None
+    fleet.see(make_lease(), 0.0)
+    assert (fleet.awaited("m"), fleet.awaited("")) == (None, None)
+    assert fleet.last_lease(M) == make_lease()
+
+
+def test_each_word_of_the_register_replaces_the_last() -> None:
+    fleet = Fleet()
+    fleet.hold([M])
+    fleet.hold([ModelId("n")])
+    assert fleet.models == ("n",)
+    assert not fleet.is_held(M)
+
+
+def test_a_nameless_request_awaits_nothing_where_it_could_mean_several_models() -> None:
+    fleet = Fleet()
+    fleet.hold([M, ModelId("n")])
+    assert fleet.awaited("") is None
+    assert fleet.awaited("n") == "n"
+    fleet.hold([ModelId("n")])
+    fleet.see(make_lease(), 0.0)
+    assert fleet.awaited("") is None
+    with pytest.raises(InvalidRequestError, match="must name one of: m, n"):
+        fleet.lease_for("")
+
+
+@pytest.mark.parametrize("name", ["", "m"])
+def test_a_held_model_without_a_replica_yet_is_unavailable_not_unknown(name: str) -> None:
+    fleet = Fleet()
+    fleet.hold([M])
+    with pytest.raises(UnavailableError, match="no replica of model 'm' has started yet") as caught:
+        fleet.lease_for(name)
+    assert caught.value.reason is Reason.NO_REPLICA
+
+
+def test_an_unknown_model_is_refused_with_the_names_of_the_held() -> None:
+    fleet = Fleet()
+    fleet.hold([M])
+    with pytest.raises(NotFoundError, match="served are: m"):
+        fleet.lease_for("x")
