@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -27,7 +27,7 @@ from decode_workers.actor import DecodeActor
 from prefill_workers.actor import PrefillActor
 from tandem.channel_pool import ChannelPool
 from tandem.cluster_config import ClusterConfig, cluster_config_from_json, read_section
-from tandem.domain import ReplicaTarget, Role
+from tandem.domain import ModelId, ReplicaTarget, Role
 from tandem.errors import ConfigError, TandemError
 from tandem.membership import RENEW_S, Member, MemberKind, Register, ServedModel
 from tandem.node_agent import NodeAgent
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop-all", action="store_true", help="end every actor of the cluster, then exit")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    status = 0
     try:
         config = cluster_config_from_json(options.config_json)
         if options.stop_all:
@@ -63,10 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stop_all(config)
             return 0
         asyncio.run(_serve(config, options.redis_url, options.ray_address, options.id))
-    except ConfigError as error:
-        print(f"autoscaler: {error.message}", file=sys.stderr)
-        return _EXIT_CONFIG
-    return 0
+    except* ConfigError as group:
+        print(f"autoscaler: {_first(group).message}", file=sys.stderr)
+        status = _EXIT_CONFIG
+    return status
+
+
+def _first(group: BaseExceptionGroup[ConfigError]) -> ConfigError:
+    """One of its errors: they come out of nested task groups."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 async def _serve(config: ClusterConfig, redis_url: str, ray_address: str, name: str) -> None:
@@ -172,9 +179,9 @@ class Autoscaler:
             await self._wake.wait()
             self._wake.clear()
         config = self._config
+        core = ScalerCore(_limits(config), read_section(ScalerConfig, config.scaler, "scaler."))
         pool = RayPool({Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}, NodeAgent, config, self._redis_url, self._changed)
         await pool.connect(self._ray_address)
-        core = ScalerCore(_limits(config), read_section(ScalerConfig, config.scaler, "scaler."))
         observer = Observer(self._register, self._channels)
         try:
             async with asyncio.TaskGroup() as group:
@@ -215,10 +222,11 @@ class Autoscaler:
             self._metrics.target_replicas.labels(decision.model, decision.role).set(decision.replicas)
             self._metrics.current_replicas.labels(decision.model, decision.role).set(decision.current)
         await reconciler.converge(plan, observation)
-        await self._publish(plan)
+        await self._publish(plan, reconciler.errors)
 
-    async def _publish(self, plan: Plan) -> None:
-        models = [ServedModel(model=model_name(model), is_held=True) for model in self._config.models]
+    async def _publish(self, plan: Plan, errors: Mapping[ModelId, str]) -> None:
+        names = [model_name(model) for model in self._config.models]
+        models = [ServedModel(model=name, is_held=True, error=errors.get(name, "")) for name in names]
         targets = [ReplicaTarget(model=item.model, role=item.role, replicas=item.replicas) for item in plan]
         if self._epoch is None:
             return

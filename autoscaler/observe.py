@@ -75,8 +75,8 @@ class Observer:
             if (target.expires_in_s == 0.0 or target.expires_in_s > passed_s) and (target.model, target.role) not in newer
         ]
         if left:
-            logger.warning("manual_targets_restored targets=%d", len(left))
             await self._register.set_manual_targets(left)
+            logger.warning("manual_targets_restored targets=%d", len(left))
 
     async def _ask(self, router: Member) -> tuple[ClusterStatus, Sequence[control_pb2.ModelQueue]] | None:
         try:

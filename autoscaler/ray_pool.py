@@ -214,7 +214,7 @@ def connect_ray(address: str, config: ClusterConfig) -> None:
 
 def stop_all(config: ClusterConfig) -> int:
     """Ends every actor of the cluster's namespace; how many there were. Blocks; for clusters on a Ray that is not ours."""
-    names = ray.util.list_named_actors()
+    names = sorted(ray.util.list_named_actors(), key=lambda name: name.startswith("agent-"))  # replicas before their node's daemons
     for name in names:
         actor = ray.get_actor(name)
         try:

@@ -12,7 +12,7 @@ import grpc.aio
 from autoscaler.observation import Observation, PoolKey
 from autoscaler.plan import Plan, PoolDecision, choose_victims
 from autoscaler.pool import PoolReplica, ReplicaNames, ReplicaPool
-from tandem.domain import ReplicaId, ReplicaState
+from tandem.domain import ModelId, ReplicaId, ReplicaState
 from tandem.errors import TandemError
 from tandem.rpc import call
 from tandem.supervisor import SupervisedState
@@ -21,7 +21,7 @@ from tandem.v1 import worker_pb2
 logger = logging.getLogger(__name__)
 
 DRAIN_S = 60.0  # then what still runs is continued elsewhere by its routers
-_DRAIN_POLL_S = 0.2
+DRAIN_POLL_S = 0.2
 _DRAIN_CALL_S = 2.0
 _OVER = (SupervisedState.FAILED, SupervisedState.STOPPED)
 
@@ -38,6 +38,7 @@ class Reconciler:
         *,
         on_start_failed: Callable[[PoolKey], None],
         drain_s: float = DRAIN_S,
+        drain_poll_s: float = DRAIN_POLL_S,
     ) -> None:
         self._pool = pool
         self._names = names
@@ -45,7 +46,9 @@ class Reconciler:
         self._group = group
         self._on_start_failed = on_start_failed
         self._drain_s = drain_s
+        self._drain_poll_s = drain_poll_s
         self._leaving: dict[ReplicaId, asyncio.Task[None]] = {}
+        self.errors: dict[ModelId, str] = {}  # why a model's replicas do not start, until one does
 
     @property
     def leaving(self) -> Set[ReplicaId]:
@@ -54,10 +57,15 @@ class Reconciler:
 
     async def clear(self) -> None:
         """Removes what has failed, before anything is counted."""
-        for replica in list(self._pool.replicas.values()):
+        replicas = list(self._pool.replicas.values())
+        for replica in replicas:
+            if replica.state is SupervisedState.RUNNING:
+                self.errors.pop(replica.key.model, None)
+        for replica in replicas:
             if replica.state in _OVER and replica.replica_id not in self._leaving:
                 logger.warning("replica_cleared replica_id=%s state=%s error=%s", replica.replica_id, replica.state, replica.error)
                 if replica.state is SupervisedState.FAILED:
+                    self.errors[replica.key.model] = replica.error
                     self._on_start_failed(replica.key)
                 await self._pool.remove(replica.replica_id)
 
@@ -83,6 +91,7 @@ class Reconciler:
                 await self._pool.add(decision.key, replica_id)
             except TandemError as error:
                 logger.warning("replica_not_started replica_id=%s error=%s", replica_id, error.message)
+                self.errors[decision.model] = error.message
                 self._on_start_failed(decision.key)
                 return
 
@@ -99,7 +108,7 @@ class Reconciler:
         try:
             async with asyncio.timeout(self._drain_s):
                 while replica.address and await self._running(replica):  # noqa: ASYNC110 - another process's count
-                    await asyncio.sleep(_DRAIN_POLL_S)
+                    await asyncio.sleep(self._drain_poll_s)
         except TimeoutError:
             logger.warning("drain_cut_short replica_id=%s after_s=%g", replica.replica_id, self._drain_s)
         except TandemError as error:

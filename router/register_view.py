@@ -6,11 +6,11 @@ Must not believe absence too early: a register that was lost and is filled again
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import aclosing
+from typing import Protocol
 
 from router.shell import RouterShell
-from router.workers import Workers
 from tandem.errors import TandemError
 from tandem.membership import REFILL_S, Member, MemberKind, Register, Snapshot
 
@@ -19,10 +19,17 @@ logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 
 
+class Follower(Protocol):
+    """Who watches replicas: `router.workers.Workers`."""
+
+    def follow(self, addresses: Collection[str]) -> None:
+        """The addresses of all replicas with a lease."""
+
+
 class RegisterView:
     """The last snapshot, and what follows from it. Run it in a task."""
 
-    def __init__(self, register: Register, shell: RouterShell, workers: Workers, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, register: Register, shell: RouterShell, workers: Follower, clock: Callable[[], float] = time.monotonic) -> None:
         self.register = register
         self.snapshot = Snapshot(generation="", members=())
         self._shell = shell
@@ -52,7 +59,7 @@ class RegisterView:
         self.snapshot = Snapshot(
             generation=snapshot.generation, members=members, models=models, targets=snapshot.targets or self.snapshot.targets
         )
-        self._workers.follow([member.address for member in self.of(MemberKind.REPLICA)])
+        self._workers.follow([member.address for member in self.of(MemberKind.REPLICA) if member.address])
         self._shell.models_held([model.model for model in models if model.is_held])
 
     def of(self, kind: MemberKind) -> list[Member]:

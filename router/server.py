@@ -122,11 +122,14 @@ class ControlService:
         models = self._shell.core.fleet.models
         targets = []
         for target in message.targets:
-            if not target.model and len(models) == 1:
+            if not target.model and len(models) > 1:
+                raise InvalidRequestError("targets.model", f"must name one of: {', '.join(models)}")
+            if not target.model and models:
                 target.model = models[0]
             if target.model not in models:
+                names = ", ".join(models) or "none yet"
                 raise NotFoundError(
-                    f"model {target.model!r} is not served; served are: {', '.join(models)}", reason=Reason.UNKNOWN_MODEL, field="model"
+                    f"model {target.model!r} is not served; served are: {names}", reason=Reason.UNKNOWN_MODEL, field="model"
                 )
             targets.append(_target_from_pb(target))
         if not targets:
@@ -138,7 +141,7 @@ class ControlService:
         """Has a replica take nothing new. Raises NotFoundError for one that this router does not reach."""
         lease = self._shell.core.fleet.get(ReplicaId(message.replica_id))
         if lease is None:
-            known = ", ".join(lease.replica_id for lease in self._shell.core.fleet.leases)
+            known = ", ".join(lease.replica_id for lease in self._shell.core.fleet.leases) or "none"
             raise NotFoundError(f"replica {message.replica_id!r} is not known; known are: {known}", reason=Reason.UNKNOWN_REPLICA)
         worker = PlannedWorker(replica_id=lease.replica_id, incarnation=lease.incarnation, address=lease.address)
         request = worker_pb2.DrainRequest(deadline_remaining_s=message.deadline_remaining_s)

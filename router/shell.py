@@ -63,34 +63,33 @@ class RouterShell:
             self._calls -= 1
 
     async def lease_for(self, model: str, deadline: Deadline) -> Lease:
-        """How to read requests for `model`; waits a bounded time for the first worker.
+        """How to read requests for `model`; waits a bounded time for the first word of any model, and for the first replica of this one.
 
         Raises DeadlineError, and UnavailableError, NotFoundError or InvalidRequestError naming the models.
         """
-        held = self.core.fleet.awaited(model)
-        if held is not None or not self.core.fleet.models:
-            wait_s = self.config.no_replica_wait_s if held is None else self.config.cold_start_wait_s
-            remaining_s = deadline.remaining_s("arrival")
+        fleet = self.core.fleet
+        await self._wait_while(lambda: not fleet.models, self.config.no_replica_wait_s, deadline)
+        held = fleet.awaited(model)
+        if held is not None:
+            self._held[held] += 1
             try:
-                async with asyncio.timeout(wait_s if remaining_s is None else min(wait_s, remaining_s)):
-                    await self._wait_for_model(model)
-            except TimeoutError:
-                deadline.remaining_s("waiting for the first worker")
-        return self.core.fleet.lease_for(model)
+                self.on_demand()
+                await self._wait_while(lambda: fleet.awaited(model) is not None, self.config.cold_start_wait_s, deadline)
+            finally:
+                self._held[held] -= 1
+        return fleet.lease_for(model)
 
-    async def _wait_for_model(self, model: str) -> None:
-        """Until a replica of the model has been seen, counted as demand for it meanwhile."""
-        counted: ModelId | None = None
+    async def _wait_while(self, is_missing: Callable[[], bool], wait_s: float, deadline: Deadline) -> None:
+        """Looks again at every change of the models, for `wait_s` at most. Raises DeadlineError."""
+        if not is_missing():
+            return
+        remaining_s = deadline.remaining_s("arrival")
         try:
-            while (held := self.core.fleet.awaited(model)) is not None or not self.core.fleet.models:
-                if held is not None and counted is None:
-                    counted = held
-                    self._held[held] += 1
-                    self.on_demand()
-                await self._models_changed.wait()
-        finally:
-            if counted is not None:
-                self._held[counted] -= 1
+            async with asyncio.timeout(wait_s if remaining_s is None else min(wait_s, remaining_s)):
+                while is_missing():
+                    await self._models_changed.wait()
+        except TimeoutError:
+            deadline.remaining_s("waiting for the first worker")
 
     def demand(self) -> dict[ModelId, Demand]:
         """By model, those nothing waits for too: what waits here for a replica, and all that was ever submitted."""

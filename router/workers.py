@@ -7,7 +7,7 @@ Must not choose or count: everything goes to the core through the shell.
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -53,16 +53,20 @@ class _Link:
 class Workers:
     """All workers of this router. Run `watch_forever` in a task; it ends only by being cancelled."""
 
-    def __init__(self, addresses: Sequence[str], shell: RouterShell, rng: Random) -> None:
+    def __init__(
+        self, addresses: Sequence[str], shell: RouterShell, rng: Random, connect: Callable[[str], grpc.aio.Channel] = open_channel
+    ) -> None:
         self._shell = shell
         self._rng = rng
-        self._links = {address: _Link(address, open_channel(address)) for address in addresses}
+        self._connect = connect
+        self._links = {address: _Link(address, connect(address)) for address in addresses}
         self._group: asyncio.TaskGroup | None = None
 
     def channel(self, worker: PlannedWorker) -> grpc.aio.Channel:
         """Where to call a planned worker. Raises UnavailableError where it is not reachable any more."""
         for link in self._links.values():
-            if link.is_reachable and link.lease is not None and link.lease.replica_id == worker.replica_id:
+            lease = link.lease if link.is_reachable else None
+            if lease is not None and (lease.replica_id, lease.incarnation) == (worker.replica_id, worker.incarnation):
                 return link.channel
         raise UnavailableError(f"replica {worker.replica_id} is not reachable", reason=Reason.WORKER_LOST)
 
@@ -89,8 +93,8 @@ class Workers:
 
         A new one is watched. One whose lease ran out gets no new work while it answers, and is forgotten once it does not.
         """
-        for address in set(addresses) - self._links.keys():
-            link = self._links[address] = _Link(address, open_channel(address), is_fixed=False)
+        for address in sorted(set(addresses) - self._links.keys()):
+            link = self._links[address] = _Link(address, self._connect(address), is_fixed=False)
             self._begin(link)
         for link in list(self._links.values()):
             if link.is_fixed:

@@ -17,7 +17,7 @@ from tandem.cluster_config import cluster_config_from_json
 from tandem.endpoint import remove_endpoint_file
 from tandem.errors import ConfigError
 from tandem.launch import remove_folder
-from tandem.node_folder import cluster_folder, shm_folder
+from tandem.node_folder import cluster_folder, ray_folder, shm_folder
 from tandem.parenthood import REPLICA_NAME
 
 # Set for what `tandem up` starts, inherited by all of it, and by nothing else.
@@ -91,6 +91,7 @@ def clean_cluster(cluster: str) -> None:
     remove_endpoint_file(cluster)
     remove_folder(cluster_folder(cluster))
     remove_folder(shm_folder(cluster))
+    remove_folder(ray_folder(cluster))
 
 
 def _stop_foreign_actors(cluster: str) -> None:

@@ -22,7 +22,7 @@ from tandem.errors import ConfigError
 T = TypeVar("T")
 
 MAX_MODELS = 64
-_CLUSTER = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+_CLUSTER = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 
 
@@ -104,7 +104,7 @@ class ClusterConfig:
     def validate(self) -> None:
         """Raises ConfigError naming the key."""
         if self.cluster and not _CLUSTER.fullmatch(self.cluster):
-            raise ConfigError(f"cluster {self.cluster!r} must have 1 to 40 small letters, digits or dashes, and begin with no dash")
+            raise ConfigError(f"cluster {self.cluster!r} must have 1 to 24 small letters, digits or dashes, and begin with no dash")
         if not self.host:
             raise ConfigError("host must not be empty")
         for key, high in (("routers", 16), ("autoscalers", 8)):

@@ -85,9 +85,10 @@ class ReplicaProcess:
         loop.add_reader(descriptor, ended)
 
     async def stop(self) -> None:
-        """Ends the replica: lifeline first, SIGKILL where that is not enough. Also closes the lifeline of a dead one."""
-        with contextlib.suppress(OSError):
-            self._lifeline.write_eof()
+        """Ends the replica: lifeline first, SIGKILL where that is not enough. Also closes the lifeline of a dead one; again is no harm."""
+        if not self._lifeline.is_closing():
+            with contextlib.suppress(OSError):
+                self._lifeline.write_eof()
         if self.pid:
             try:
                 async with asyncio.timeout(_STOP_S):

@@ -64,6 +64,7 @@ class ServedModel:
 
     model: ModelId
     is_held: bool  # whether a request may wait for a start-up: someone (the autoscaler) will start a replica
+    error: str = ""  # why its replicas do not start; empty while they do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

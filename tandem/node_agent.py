@@ -4,9 +4,10 @@ Both are detached from it (Ray kills an actor's children) and outlive it for a w
 """
 
 import asyncio
-import json
+import contextlib
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import ray
 
 from tandem.cluster_config import cluster_config_from_json
-from tandem.launch import has_cuda
+from tandem.launch import has_cuda, remove_folder
 from tandem.node_folder import NodeFacts, NodeFolder
 from tandem.polling import poll_until
 from tandem.tether import GRACE_S, hold
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _RESTART_PAUSE_S = 0.2
 _MAX_PAUSE_S = 10.0
 _STORE_START_S = 20.0
+_STOP_S = 5.0
 _POLL_S = 0.05
 _DETACH = 'exec 3>&-; "$@" </dev/null >>"$TANDEM_LOG" 2>&1 & echo $!'
 
@@ -66,6 +68,20 @@ class Daemon:
         self.pid_file.write_text(str(pid))
         return pid
 
+    async def stop(self) -> None:
+        """SIGTERM, then SIGKILL after a while."""
+        pid = self.try_pid()
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await _ended(pid)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class NodeAgent:
@@ -78,6 +94,7 @@ class NodeAgent:
         self._host = host
         self._redis_url = redis_url
         self._tether: int | None = None
+        self._daemons: list[Daemon] = []
         self._keepers: list[asyncio.Task[None]] = []
         self._started: asyncio.Task[None] | None = None
 
@@ -86,6 +103,17 @@ class NodeAgent:
         if self._started is None:
             self._started = asyncio.create_task(self._start(), name="start")
         await asyncio.shield(self._started)
+
+    async def stop(self) -> None:
+        """Ends the daemons and removes the node's blocks and folder; the actor is of no use afterwards."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        for daemon in self._daemons:
+            await daemon.stop()
+        for folder in (self._folder.default_store_dir, self._folder.path):
+            remove_folder(folder)
+            with contextlib.suppress(OSError):  # another node's is in it
+                folder.parent.rmdir()
 
     async def wait(self) -> None:
         """Never returns: the caller learns of this actor's death by the call's failure."""
@@ -123,13 +151,8 @@ class NodeAgent:
         return Daemon(name="store", command=command, pid_file=self._folder.path / "store.pid", log=self._folder.log("store"))
 
     def _keep(self, daemon: Daemon) -> None:
+        self._daemons.append(daemon)
         self._keepers.append(asyncio.create_task(_keep_alive(daemon), name=f"keep {daemon.name}"))
-
-    async def pids(self) -> str:
-        """The daemons' pids by name, as JSON."""
-        names = ("zygote", "store")
-        found = {name: self._folder.path / f"{name}.pid" for name in names}
-        return json.dumps({name: int(path.read_text()) for name, path in found.items() if path.exists()})
 
 
 async def _keep_alive(daemon: Daemon) -> None:

@@ -18,6 +18,11 @@ def cluster_folder(cluster: str) -> Path:
     return endpoint_folder() / cluster
 
 
+def ray_folder(cluster: str) -> Path:
+    """Ray's session. Its sockets have long names, and the kernel takes 107 bytes: so it is in no deep folder."""
+    return Path(f"/tmp/tandem-ray-{cluster}")
+
+
 def shm_folder(cluster: str) -> Path:
     """The cluster's KV blocks on this machine."""
     return SHM / f"tandem-{cluster}"

@@ -9,6 +9,6 @@ T = TypeVar("T")
 
 async def poll_until(look: Callable[[], T | None], interval_s: float) -> T:
     """What `look` answers once it is neither None nor False. Bound it with a time-out."""
-    while not (found := look()):  # noqa: ASYNC110 - nothing of ours could set an event
+    while (found := look()) is None or found is False:  # noqa: ASYNC110 - nothing of ours could set an event
         await asyncio.sleep(interval_s)
     return found

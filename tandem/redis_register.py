@@ -177,7 +177,10 @@ def _published_from_json(text: str) -> tuple[tuple[ServedModel, ...], tuple[Repl
     """Raises ProtocolError where a leader of ours did not write it. Keys of a newer version are passed over."""
     try:
         values = json.loads(text)
-        models = [ServedModel(model=ModelId(item["model"]), is_held=bool(item["is_held"])) for item in values["models"]]
+        models = [
+            ServedModel(model=ModelId(item["model"]), is_held=bool(item["is_held"]), error=str(item.get("error", "")))
+            for item in values["models"]
+        ]
         targets = [
             ReplicaTarget(
                 model=ModelId(item["model"]),

@@ -52,9 +52,10 @@ class SupervisorReport:
 class ReplicaSupervisor:
     """One replica. `start` is how a process comes up: `ZygoteClient.start_replica` or `spawn_replica`."""
 
-    def __init__(self, config: ReplicaConfig, start: Start) -> None:
+    def __init__(self, config: ReplicaConfig, start: Start, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._start = start
+        self._clock = clock
         self._task: asyncio.Task[None] | None = None
         self._process: ReplicaProcess | None = None
         self._changed = asyncio.Condition()
@@ -62,7 +63,7 @@ class ReplicaSupervisor:
 
     @property
     def process(self) -> ReplicaProcess | None:
-        """The process that runs now."""
+        """The process that runs or starts now, or was the last one."""
         return self._process
 
     def begin(self) -> None:
@@ -91,37 +92,40 @@ class ReplicaSupervisor:
             await asyncio.gather(self._task, return_exceptions=True)
         if self._process is not None:
             await self._process.stop()
-        await self._tell(state=SupervisedState.STOPPED, pid=0)
+        await self._tell(state=SupervisedState.STOPPED, pid=0, address="", incarnation=0)
 
     async def _supervise(self) -> None:
         deaths_s: list[float] = []
         config = self._config
         while True:
             config = replace(config, incarnation=time.time_ns())
-            error = ""
-            try:
-                self._process = await self._start(config)
-                await self._process.wait_ready()
-            except (ConfigError, OSError) as failure:
-                error = str(failure)
-                if self._process is not None:
-                    await self._process.stop()
-            else:
-                process = self._process
-                await self._tell(
-                    state=SupervisedState.RUNNING, pid=process.pid, address=process.address, incarnation=config.incarnation, error=""
-                )
-                await asyncio.shield(process.exited)
-                await process.stop()
-                config = replace(config, port=int(process.address.rpartition(":")[2]))
-                error = f"replica {config.replica_id} died; its log is {config.log_path}"
-            now_s = time.monotonic()
+            error = await self._run(config)
+            if self._process is not None:
+                await self._process.stop()
+                if self._process.address:  # routers may know it by that
+                    config = replace(config, port=int(self._process.address.rpartition(":")[2]))
+            now_s = self._clock()
             deaths_s = [death_s for death_s in deaths_s if now_s - death_s < RESTART_WINDOW_S] + [now_s]
             logger.warning("replica_died replica_id=%s deaths=%d error=%s", config.replica_id, len(deaths_s), error)
+            ended = {"pid": 0, "address": "", "incarnation": 0, "error": error}
             if len(deaths_s) > MAX_RESTARTS or self.report.version == 0:  # what never came up will not the second time
-                await self._tell(state=SupervisedState.FAILED, pid=0, error=error)
+                await self._tell(state=SupervisedState.FAILED, **ended)
                 return
-            await self._tell(state=SupervisedState.STARTING, pid=0, restarts=self.report.restarts + 1, error=error)
+            await self._tell(state=SupervisedState.STARTING, restarts=self.report.restarts + 1, **ended)
+
+    async def _run(self, config: ReplicaConfig) -> str:
+        """One life of the replica; why it ended."""
+        try:
+            process = self._process = await self._start(config)
+            await process.wait_ready()
+        except (ConfigError, OSError) as failure:
+            return str(failure)
+        except Exception as failure:  # a bug must not leave a replica that nobody looks after
+            logger.exception("replica_start_failed replica_id=%s", config.replica_id)
+            return f"replica {config.replica_id} could not be started: {failure!r}"
+        await self._tell(state=SupervisedState.RUNNING, pid=process.pid, address=process.address, incarnation=config.incarnation, error="")
+        await asyncio.shield(process.exited)
+        return f"replica {config.replica_id} died; its log is {config.log_path}"
 
     async def _tell(self, **changes: object) -> None:
         async with self._changed:

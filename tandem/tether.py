@@ -6,6 +6,7 @@ Needs no connection, and a supervisor's successor takes it over. One file per no
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 2.0
@@ -13,18 +14,20 @@ GRACE_S = 20.0  # reconcile replaces a node agent in about 2 s
 
 
 class Tether:
-    """The watching side. `is_cut(now_s)` once nobody has held the lock for `grace_s`."""
+    """The watching side. `is_cut` once nobody has held the lock for `grace_s`."""
 
-    def __init__(self, path: Path, *, grace_s: float = GRACE_S) -> None:
+    def __init__(self, path: Path, *, grace_s: float = GRACE_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._grace_s = grace_s
-        self._held_s = time.monotonic()
+        self._clock = clock
+        self._held_s = clock()
 
     def is_cut(self) -> bool:
         """Whether the owner has been gone for the grace time. Does a few system calls."""
+        now_s = self._clock()
         if is_held(self._path):
-            self._held_s = time.monotonic()
-        return time.monotonic() - self._held_s > self._grace_s
+            self._held_s = now_s
+        return now_s - self._held_s > self._grace_s
 
 
 def is_held(path: Path) -> bool:

@@ -33,7 +33,7 @@ from tandem.errors import ConfigError, Reason, TandemError
 from tandem.launch import check_port, start_program, stop_process
 from tandem.membership import MemberKind, Snapshot
 from tandem.model_memory import replica_memory_bytes
-from tandem.node_folder import cluster_folder, shm_folder
+from tandem.node_folder import cluster_folder, ray_folder, shm_folder
 from tandem.parenthood import die_with_parent
 from tandem.ray_head import OBJECT_STORE_BYTES, set_ray_environment
 from tandem.redis_register import RedisRegister
@@ -125,7 +125,8 @@ class Platform:
         except OSError as error:
             raise ConfigError(f"cannot make {self.folder}: {error.strerror}") from error
         os.environ[MEMBER_OF] = self.cluster
-        shm_folder(self.cluster).mkdir(mode=0o700, exist_ok=True)
+        for folder in (shm_folder(self.cluster), ray_folder(self.cluster)):
+            folder.mkdir(mode=0o700, exist_ok=True)
         (self.folder / CONFIG_FILE).write_text(self.config.to_json())
         self._write_endpoint_file(is_ready=False)
         self._guard = await asyncio.create_subprocess_exec(
@@ -190,7 +191,7 @@ class Platform:
         return process
 
     async def _start_ray(self) -> Process:
-        arguments = ["tandem.ray_head", f"--temp-dir={self.folder / 'ray'}", f"--host={self.config.host}"]
+        arguments = ["tandem.ray_head", f"--temp-dir={ray_folder(self.cluster)}", f"--host={self.config.host}"]
         if self._ray_address:  # it was there before: the same address again
             arguments.append(f"--port={self._ray_address.rpartition(':')[2]}")
         process, facts = await start_program(arguments, self.folder / "ray.log", ready="ray ready")
@@ -232,6 +233,7 @@ class Platform:
                         self.ready_replicas = ready
                         return
                     self._check_children()
+                    _check_starts(snapshot)
         except TimeoutError as error:
             raise ConfigError(
                 f"the replicas did not start in {_READY_S:.0f} s; logs are in {self.folder}", reason=Reason.START_FAILED
@@ -253,6 +255,13 @@ class Platform:
                 "redis_url": self._redis_url,
             }
         write_endpoint_file(self.cluster, endpoints)
+
+
+def _check_starts(snapshot: Snapshot) -> None:
+    """Raises ConfigError with the replicas' own words where a model's do not start."""
+    failed = next((model for model in snapshot.models if model.error), None)
+    if failed is not None:
+        raise ConfigError(failed.error, reason=Reason.START_FAILED)
 
 
 def count_replicas(snapshot: Snapshot) -> int:

@@ -16,7 +16,25 @@ PACKAGES = ("tandem", "router", "prefill_workers", "decode_workers", "kv_transfe
 
 GROUND, STORE, SERVICE, ROOF = range(4)
 LAYER_NAMES = ("ground", "store", "services", "roof")
-TANDEM_ROOF = frozenset({"cli", "up", "replica", "node_agent", "sim", "bench", "chaos", "zygote", "demo", "replica_main", "bare", "ray_head", "guard", "down", "__main__"})
+TANDEM_ROOF = frozenset(
+    {
+        "cli",
+        "up",
+        "replica",
+        "node_agent",
+        "sim",
+        "bench",
+        "chaos",
+        "zygote",
+        "demo",
+        "replica_main",
+        "bare",
+        "ray_head",
+        "guard",
+        "down",
+        "__main__",
+    }
+)
 
 # Who may import a heavy package; a * also spans folders.
 HEAVY_OWNERS: Mapping[str, tuple[str, ...]] = {

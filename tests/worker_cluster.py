@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from decode_workers.service import DecodeService
 from prefill_workers.service import PrefillService
+from tandem.channel_pool import ChannelPool
 from tandem.convert import chunk_from_pb, receipt_from_pb, request_to_worker_pb
 from tandem.domain import Chunk, FinishReason, Plan, PlannedWorker, Receipt, Role, Sampling
 from tandem.faults import Faults
-from tandem.channel_pool import ChannelPool
 from tandem.replica import WorkerService
 from tandem.rpc import ResponseStream, Server, open_stream, parse_answer, service, start_server
 from tandem.v1 import common_pb2, inference_pb2, worker_pb2

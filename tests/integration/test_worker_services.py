@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from decode_workers.service import DecodeService
+from tandem.channel_pool import ChannelPool
 from tandem.convert import lease_from_pb
 from tandem.domain import FinishReason, ReplicaState, Sampling, Usage
 from tandem.engine.base import KvLoaded
 from tandem.errors import DeadlineError, EngineError, InvalidRequestError, Reason, TandemError, UnavailableError
-from tandem.channel_pool import ChannelPool
 from tandem.rpc import ResponseStream, ServerCall, call, open_stream, parse_answer
 from tandem.v1 import worker_pb2
 from tests.worker_cluster import (
