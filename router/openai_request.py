@@ -24,7 +24,6 @@ from tandem.generate_request import GenerateOptions, Prompt, prepare_request
 from tandem.v1 import inference_pb2
 
 MAX_PROMPTS = 128  # each is a request of its own
-_GREEDY_TEMPERATURE = 1e-5  # below it the engine always takes the most likely token, and refuses several choices
 _PROMPT_NUMBER_CHARS = len(f"-{MAX_PROMPTS - 1}")
 
 
@@ -156,8 +155,6 @@ def _make_request(body: Body, prompts: Sequence[Prompt], logprobs: int | None, h
     streaming = body.stream_options
     if streaming is not None and not body.stream:
         raise InvalidRequestError("stream_options", "needs stream: true")
-    if body.n is not None and body.n > 1 and body.temperature is not None and 0.0 <= body.temperature < _GREEDY_TEMPERATURE:
-        raise InvalidRequestError("n", "must be 1 with temperature 0: all choices would be the same")
     options: GenerateOptions = {
         "max_tokens": body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         "logprobs": logprobs,

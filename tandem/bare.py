@@ -14,10 +14,10 @@ from kv_transfer.shm_room import check_room
 from tandem.config import MIB, EngineConfig, ReplicaConfig
 from tandem.domain import Role
 from tandem.endpoint import endpoint_folder, remove_endpoint_file, write_endpoint_file
-from tandem.engine.environment import require_vllm
+from tandem.engine.environment import has_cuda, require_vllm
 from tandem.engine.model_files import BUNDLED_MODEL, resolve_model, served_name
 from tandem.errors import ConfigError
-from tandem.launch import ReplicaProcess, has_cuda, remove_folder, spawn_replica, start_program, stop_process
+from tandem.launch import ReplicaProcess, remove_folder, spawn_replica, start_program, stop_process
 from tandem.supervisor import ReplicaSupervisor
 from tandem.tether import hold
 from tandem.zygote_client import ZygoteClient, zygote_command, zygote_environment

@@ -21,6 +21,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
+GREEDY_TEMPERATURE = 1e-5  # below it the engine always takes the most likely token, and refuses several choices
 MAX_REQUEST_ID_CHARS = 128
 
 
@@ -113,6 +114,8 @@ class Sampling:
             raise InvalidRequestError("sampling.top_k", f"must be from 0 to {2**31 - 1}, got {self.top_k}")
         if not 1 <= self.n <= MAX_CHOICES:
             raise InvalidRequestError("sampling.n", f"must be from 1 to {MAX_CHOICES}, got {self.n}")
+        if self.n > 1 and self.temperature < GREEDY_TEMPERATURE:
+            raise InvalidRequestError("sampling.n", "must be 1 with temperature 0: all choices would be the same")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise InvalidRequestError("sampling.logprobs", f"must be from 0 to {MAX_LOGPROBS}, got {self.logprobs}")
         if len(self.stop) > MAX_STOP_STRINGS:

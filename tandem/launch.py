@@ -184,11 +184,6 @@ def check_port(host: str, port: int, flag: str = "--port") -> None:
         raise ConfigError(message, reason=Reason.PORT_IN_USE) from error
 
 
-def has_cuda() -> bool:
-    """Whether this machine has an NVIDIA GPU; asked without importing torch, which a fork would not survive."""
-    return Path("/dev/nvidia0").exists()
-
-
 def _tail(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1] if lines else "no log"

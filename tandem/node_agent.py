@@ -15,7 +15,8 @@ from pathlib import Path
 import ray
 
 from tandem.cluster_config import cluster_config_from_json
-from tandem.launch import has_cuda, remove_folder
+from tandem.engine.environment import has_cuda
+from tandem.launch import remove_folder
 from tandem.node_folder import NodeFacts, NodeFolder
 from tandem.polling import poll_until
 from tandem.tether import GRACE_S, hold

@@ -9,7 +9,8 @@ import sys
 from dataclasses import replace
 
 from tandem.config import ReplicaConfig, replica_config_from_json
-from tandem.launch import has_cuda, spawn_replica
+from tandem.engine.environment import has_cuda
+from tandem.launch import spawn_replica
 from tandem.node_folder import NodeFacts, NodeFolder
 from tandem.polling import poll_until
 from tandem.supervisor import ReplicaSupervisor, SupervisorReport

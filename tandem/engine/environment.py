@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import MutableMapping
+from pathlib import Path
 
 from tandem.errors import ConfigError, Reason
 
@@ -15,13 +16,20 @@ _DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# vLLM compiles one small function at the first request for logprobs: 7 s in the engine's step, for 5 ms less (measured on two cores).
+_CPU_DEFAULTS = {"TORCH_COMPILE_DISABLE": "1"}
 
 
 def set_engine_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Sets what is not set yet. The engine's block hashes start from PYTHONHASHSEED: unset is the value that all processes share."""
-    for name, value in _DEFAULTS.items():
+    for name, value in (_DEFAULTS | ({} if has_cuda() else _CPU_DEFAULTS)).items():
         environment.setdefault(name, value)
     environment.pop("PYTHONHASHSEED", None)
+
+
+def has_cuda() -> bool:
+    """Whether this machine has an NVIDIA GPU; asked without importing torch, which a fork would not survive."""
+    return Path("/dev/nvidia0").exists()
 
 
 def require_vllm() -> None:

@@ -25,7 +25,8 @@ def engine(**changes: Any) -> EngineInfo:
     "sampling",
     [
         Sampling(),
-        Sampling(max_tokens=1, min_tokens=1, temperature=0.0, top_p=1.0, top_k=2**31 - 1, n=16, logprobs=20),
+        Sampling(max_tokens=1, min_tokens=1, temperature=0.0, top_p=1.0, top_k=2**31 - 1, logprobs=20),
+        Sampling(temperature=0.1, n=16),
         Sampling(stop=("x" * 1024,) * 16, logit_bias={1: -100.0}, structured_output=REGEX),
     ],
 )
@@ -106,6 +107,7 @@ def test_a_request_within_the_engine_s_limits_is_valid() -> None:
         ({"sampling": Sampling(logit_bias={100: 1.0})}, "sampling.logit_bias"),
         ({"sampling": Sampling(max_tokens=513)}, "sampling.max_tokens"),
         ({"sampling": Sampling(n=0)}, "sampling.n"),
+        ({"sampling": Sampling(n=2, temperature=0.0)}, "sampling.n"),
     ],
 )
 def test_a_request_outside_them_names_the_field(changes: dict[str, Any], field: str) -> None:

@@ -150,7 +150,7 @@ def test_a_part_that_is_no_text_is_named_by_its_type() -> None:
     [
         ({"n": "2"}, "n"),
         ({"n": True}, "n"),
-        ({"n": 2, "temperature": 0}, "n"),
+        ({"n": 2, "temperature": 0}, "sampling.n"),
         ({"temperature": "hot"}, "temperature"),
         ({"stop": [1]}, "stop[0]"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
