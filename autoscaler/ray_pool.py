@@ -4,8 +4,10 @@ Starts, stops and hears of them; must not decide how many. Ray's calls that bloc
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -65,7 +67,7 @@ class RayPool:
         """Joins the Ray cluster as a driver. Raises ConfigError where it does not answer."""
         try:
             async with asyncio.timeout(_CONNECT_S):
-                await asyncio.to_thread(connect_ray, address, self._config)
+                await _in_own_thread(lambda: connect_ray(address, self._config))
         except (ConnectionError, RuntimeError, TimeoutError, RayError, ValueError) as error:
             raise ConfigError(f"RAY_ADDRESS {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
 
@@ -197,6 +199,28 @@ class RayPool:
             logger.warning("agent_lost node=%s error=%s", node, _first_line(error))
         finally:
             asyncio.get_running_loop().call_later(0.1, self._on_change)
+
+
+async def _in_own_thread(work: Callable[[], None]) -> None:
+    """Like `asyncio.to_thread`, but the process may end while the thread still waits: Ray tries for minutes to reach what is not there."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: BaseException | None) -> None:
+        if not done.done():
+            done.set_result(None) if error is None else done.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except Exception as failure:  # handed on to the caller
+            error = failure
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=run, name="connect to Ray", daemon=True).start()
+    await done
 
 
 def connect_ray(address: str, config: ClusterConfig) -> None:

@@ -28,7 +28,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tandem.ray_head")
     parser.add_argument("--temp-dir", type=Path, required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--num-cpus", type=float, default=None)
     args = parser.parse_args()
     set_ray_environment(os.environ, args.host)
@@ -48,8 +47,8 @@ def main() -> None:
         include_log_monitor=False,
         no_monitor=True,
         temp_dir=str(args.temp_dir),
-        redis_port=args.port,
-        gcs_server_port=args.port,
+        redis_port=0,
+        gcs_server_port=0,
         min_worker_port=0,
         max_worker_port=0,
         dashboard_agent_listen_port=0,

@@ -157,7 +157,7 @@ class Platform:
                     break
                 except ConfigError as error:
                     self._progress(f"{child.name} does not start: {error.message}")
-            if child.name == "ray":  # autoscalers hold connections to the Ray that died
+            if child.name == "ray":  # autoscalers know the Ray that died, or try to reach it
                 for other in self.children.values():
                     if other.name.startswith("autoscaler"):
                         other.process.terminate()
@@ -192,8 +192,6 @@ class Platform:
 
     async def _start_ray(self) -> Process:
         arguments = ["tandem.ray_head", f"--temp-dir={ray_folder(self.cluster)}", f"--host={self.config.host}"]
-        if self._ray_address:  # it was there before: the same address again
-            arguments.append(f"--port={self._ray_address.rpartition(':')[2]}")
         process, facts = await start_program(arguments, self.folder / "ray.log", ready="ray ready")
         self._ray_address = facts["address"]
         return process

@@ -103,18 +103,21 @@ def settled(run: Run) -> bool:
         "replica": 3,
         "engine_core": 3,
         "actor": 3,
+        "ray_head": 1,
+        "gcs": 1,
+        "raylet": 1,
     }
     return len(serving(run)) == 3 and all(counts[kind] == number for kind, number in wanted.items())
 
 
 @pytest.mark.parametrize(
-    "kind", ["replica", "engine_core", "actor", "node_agent", "store", "zygote", "redis", "router", "autoscaler", "ray head"]
+    "kind", ["replica", "engine_core", "actor", "node_agent", "store", "zygote", "redis", "router", "autoscaler", "ray_head", "gcs", "raylet"]
 )
 def test_the_death_of_one_process_mends_itself(run: Run, kind: str) -> None:
     wait_for(lambda: settled(run))
     # Ray's head takes all actors along, and a router the streams in it; nothing else may cost an answer.
-    lossy = kind in ("router", "ray head")
-    victims = [process.pid for process in run.processes("ray" if kind == "ray head" else kind)]
+    lossy = kind in ("router", "ray_head", "gcs", "raylet")
+    victims = [process.pid for process in run.processes(kind)]
     with Load(run) as load:
         wait_for(lambda: load.done > 2)
         os.kill(victims[0], signal.SIGKILL)
