@@ -18,18 +18,20 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from autoscaler.config import PoolLimits, ScalerConfig
 from autoscaler.core import ScalerCore
+from autoscaler.observation import Observation
 from autoscaler.observe import Observer
-from autoscaler.plan import Plan
+from autoscaler.plan import DecisionReason, Plan
 from autoscaler.pool import ReplicaNames, model_name
-from autoscaler.ray_pool import RayPool, connect_ray, stop_all
+from autoscaler.ray_client import join_ray, stop_all
+from autoscaler.ray_pool import RayPool
 from autoscaler.reconcile import Reconciler
 from decode_workers.actor import DecodeActor
 from prefill_workers.actor import PrefillActor
 from tandem.channel_pool import ChannelPool
 from tandem.cluster_config import ClusterConfig, cluster_config_from_json, read_section
 from tandem.domain import ModelId, ReplicaTarget, Role
-from tandem.errors import ConfigError, TandemError
-from tandem.membership import RENEW_S, Member, MemberKind, Register, ServedModel
+from tandem.errors import ConfigError, Reason, TandemError, UnavailableError
+from tandem.membership import REGISTER_URL, RENEW_S, Member, MemberKind, Register, ServedModel
 from tandem.node_agent import NodeAgent
 from tandem.ray_head import set_ray_environment
 from tandem.redis_register import RedisRegister
@@ -39,9 +41,11 @@ from tandem.telemetry import ScalerMetrics
 logger = logging.getLogger(__name__)
 
 _EXIT_CONFIG = 2
-_TICK_S = 1.0  # between observations where nothing happens; nudges and deaths bring the next one at once
-_REFRESH_S = 5.0  # between looks at Ray for what nobody told
+_TICK_S = 1.0  # between observations; nudges and deaths bring the next one at once
+_IDLE_TICK_S = 3.0  # the same while no request runs and no replica starts
+_REFRESH_S = 6.0  # between looks at Ray for what nobody told
 _SETTLE_S = 0.05  # a burst of changes makes one tick
+_STUCK_S = 60.0  # a leader whose tick takes longer lets another one lead
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m autoscaler", description="Decides how many replicas there are, and starts and stops them."
     )
     parser.add_argument("--config-json", required=True, help="a whole ClusterConfig")
-    parser.add_argument("--redis-url", required=True)
+    parser.add_argument("--redis-url", default=os.environ.get(REGISTER_URL, ""), help="the register; default: REDIS_URL")
     parser.add_argument("--ray-address", required=True)
     parser.add_argument("--id", default=f"autoscaler-{os.getpid()}")
     parser.add_argument("--stop-all", action="store_true", help="end every actor of the cluster, then exit")
@@ -60,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = cluster_config_from_json(options.config_json)
         if options.stop_all:
-            connect_ray(options.ray_address, config)
-            stop_all(config)
+            stop_all(options.ray_address, config)
             return 0
         asyncio.run(_serve(config, options.redis_url, options.ray_address, options.id))
     except* ConfigError as group:
@@ -131,10 +134,10 @@ class Autoscaler:
         self._ray_address = ray_address
         self._channels = channels
         self._metrics = metrics
-        self._name = name
+        self._name = f"{name}-{time.time_ns()}"  # another process under the same id is another candidate
         self._epoch: int | None = None
         self._wake = asyncio.Event()
-        self._led_s = 0.0
+        self._ticked_s = 0.0  # when the leader last began a tick
         self._must_refresh = False
 
     async def run(self) -> None:
@@ -145,13 +148,20 @@ class Autoscaler:
                 group.create_task(self._hear_nudges(), name="nudges")
                 group.create_task(self._lead(), name="lead")
         finally:
-            with suppress(TandemError, TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await asyncio.shield(self._register.resign(self._name))
+            await self._resign()
+
+    async def _resign(self) -> None:
+        with suppress(TandemError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await asyncio.shield(self._register.resign(self._name))
 
     async def _stand(self) -> None:
-        """Holds or takes the lock. Where the register is silent the last word holds: nobody else can have been elected by it."""
+        """Holds or takes the lock. Where the register is silent the last word holds: it could tell nobody else either."""
         while True:
+            if self._epoch is not None and time.monotonic() - self._ticked_s > _STUCK_S:
+                logger.error("leader_stuck candidate=%s", self._name)
+                await self._resign()
+                raise UnavailableError("the leader's tick does not end", reason=Reason.START_FAILED)
             try:
                 epoch = await self._register.try_lead(self._name)
             except TandemError as error:
@@ -159,13 +169,14 @@ class Autoscaler:
             else:
                 if (epoch is None) != (self._epoch is None):
                     logger.info("leadership candidate=%s is_leader=%s", self._name, epoch is not None)
+                    self._ticked_s = time.monotonic()
                     self._wake.set()
                 self._epoch = epoch
                 self._metrics.is_leader.set(epoch is not None)
             await asyncio.sleep(RENEW_S)
 
     async def _hear_nudges(self) -> None:
-        async with aclosing(self._register.nudges(_TICK_S)) as nudges:  # type: ignore[type-var]
+        async with aclosing(self._register.nudges(_REFRESH_S)) as nudges:  # type: ignore[type-var]
             async for _ in nudges:
                 self._wake.set()
 
@@ -174,41 +185,52 @@ class Autoscaler:
         self._wake.set()
 
     async def _lead(self) -> None:
-        """Connects to Ray once it is the leader; then a tick at each wake-up while it leads."""
-        while self._epoch is None:
-            await self._wake.wait()
-            self._wake.clear()
+        """Each time it is elected begins anew: what it knew of the pools is another's past."""
+        while True:
+            while self._epoch is None:
+                await self._wake.wait()
+                self._wake.clear()
+            await join_ray(self._ray_address, self._config)
+            await self._reign()
+
+    async def _reign(self) -> None:
+        """A tick at each wake-up, as long as it leads."""
         config = self._config
         core = ScalerCore(_limits(config), read_section(ScalerConfig, config.scaler, "scaler."))
         pool = RayPool({Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}, NodeAgent, config, self._redis_url, self._changed)
-        await pool.connect(self._ray_address)
         observer = Observer(self._register, self._channels)
-        try:
-            async with asyncio.TaskGroup() as group:
-                reconciler = Reconciler(
-                    pool,
-                    ReplicaNames(config.models),
-                    self._channels,
-                    group,
-                    on_start_failed=lambda key: core.starts_failed(key, time.monotonic()),
-                )
-                refreshed_s = 0.0
-                while True:
-                    if self._epoch is not None:
-                        if self._must_refresh or time.monotonic() - refreshed_s > _REFRESH_S:
-                            self._must_refresh, refreshed_s = False, time.monotonic()
+        refreshed_s, pause_s = 0.0, _TICK_S
+        async with asyncio.TaskGroup() as group:
+            reconciler = Reconciler(
+                pool,
+                ReplicaNames(config.models),
+                self._channels,
+                group,
+                on_start_failed=lambda key: core.starts_failed(key, time.monotonic()),
+            )
+            try:
+                while self._epoch is not None:
+                    self._ticked_s = time.monotonic()
+                    try:
+                        if self._must_refresh or self._ticked_s - refreshed_s > _REFRESH_S:
+                            self._must_refresh = False
                             await pool.refresh()
+                            refreshed_s = time.monotonic()
                         with self._metrics.ticks.time():
-                            await self._tick(pool, core, observer, reconciler)
+                            observation = await self._tick(pool, core, observer, reconciler)
+                        pause_s = _IDLE_TICK_S if observation.is_idle else _TICK_S
+                    except UnavailableError as error:  # Ray; the register's silence is no error here
+                        logger.warning("tick_failed error=%s", error.message)
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(_REFRESH_S):
+                        async with asyncio.timeout(pause_s):
                             await self._wake.wait()
                     await asyncio.sleep(_SETTLE_S)
                     self._wake.clear()
-        finally:
-            await pool.close()
+            finally:
+                reconciler.abandon()
+                pool.close()
 
-    async def _tick(self, pool: RayPool, core: ScalerCore, observer: Observer, reconciler: Reconciler) -> None:
+    async def _tick(self, pool: RayPool, core: ScalerCore, observer: Observer, reconciler: Reconciler) -> Observation:
         await reconciler.clear()
         observation = await observer.observe(pool.replicas.values(), reconciler.leaving)
         plan = core.tick(observation, time.monotonic())
@@ -223,10 +245,12 @@ class Autoscaler:
             self._metrics.current_replicas.labels(decision.model, decision.role).set(decision.current)
         await reconciler.converge(plan, observation)
         await self._publish(plan, reconciler.errors)
+        return observation
 
     async def _publish(self, plan: Plan, errors: Mapping[ModelId, str]) -> None:
+        started = {item.model for item in plan if item.replicas or item.reason is not DecisionReason.MANUAL}
         names = [model_name(model) for model in self._config.models]
-        models = [ServedModel(model=name, is_held=True, error=errors.get(name, "")) for name in names]
+        models = [ServedModel(model=name, is_held=name in started, error=errors.get(name, "")) for name in names]
         targets = [ReplicaTarget(model=item.model, role=item.role, replicas=item.replicas) for item in plan]
         if self._epoch is None:
             return

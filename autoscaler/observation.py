@@ -51,3 +51,9 @@ class Observation:
     demands: tuple[ModelDemand, ...] = ()
     manual_targets: tuple[ReplicaTarget, ...] = ()  # expires_in_s: time left now, 0 where the target stays
     is_complete: bool = True  # False: a router or the register did not answer
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs, waits, starts or drains, and nothing has been asked since the last observation."""
+        is_still = all(item.state is ReplicaState.READY and not item.running_requests for pool in self.replicas.values() for item in pool)
+        return self.is_complete and is_still and not any(demand.is_waiting or demand.recent_requests for demand in self.demands)

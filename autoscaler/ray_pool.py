@@ -4,32 +4,33 @@ Starts, stops and hears of them; must not decide how many. Ray's calls that bloc
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autoscaler.observation import PoolKey
 from autoscaler.pool import PoolReplica, ReplicaNames
+from autoscaler.ray_client import ask_ray, first_line
 from tandem.cluster_config import ClusterConfig
 from tandem.config import EngineConfig, ReplicaConfig
 from tandem.domain import ReplicaId, Role
-from tandem.errors import ConfigError, Reason, UnavailableError
+from tandem.errors import Reason, UnavailableError
 from tandem.model_memory import replica_memory_bytes
+from tandem.node_folder import LOCAL_NODE
 from tandem.supervisor import SupervisedState
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_S = 30.0
-_CALL_S = 20.0
 _STOP_S = 15.0
+_PLACE_S = 90.0  # for Ray to find room for an actor, and for its node's agent to be there
+_UNHEARD_S = 10.0  # for a connection to an actor to come back
+_PAUSE_S = 0.5
 
 
 class RayPool:
@@ -50,7 +51,8 @@ class RayPool:
         self._on_change = on_change
         self._names = ReplicaNames(config.models)
         self._replicas: dict[ReplicaId, PoolReplica] = {}
-        self._listeners: dict[str, asyncio.Task[None]] = {}
+        self._handles: dict[ReplicaId, Any] = {}  # by handle an actor is itself; its name may be a later one's
+        self._listeners: dict[ReplicaId, asyncio.Task[None]] = {}
         self._agents: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -58,29 +60,19 @@ class RayPool:
         """What is there, as last heard."""
         return self._replicas
 
-    @property
-    def names(self) -> ReplicaNames:
-        """How replicas are called."""
-        return self._names
-
-    async def connect(self, address: str) -> None:
-        """Joins the Ray cluster as a driver. Raises ConfigError where it does not answer."""
-        try:
-            async with asyncio.timeout(_CONNECT_S):
-                await _in_own_thread(lambda: connect_ray(address, self._config))
-        except (ConnectionError, RuntimeError, TimeoutError, RayError, ValueError) as error:
-            raise ConfigError(f"RAY_ADDRESS {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
-
     async def refresh(self) -> None:
-        """Node agents on new nodes, replicas that another leader started."""
-        nodes, names = await asyncio.gather(asyncio.to_thread(ray.nodes), asyncio.to_thread(ray.util.list_named_actors))
-        for node in nodes:
-            if node["Alive"]:
-                self._keep_agent(node["NodeID"])
-        for name in names:
-            key = self._names.try_parse(name)
-            if key is not None and name not in self._replicas:
-                self._adopt(ReplicaId(name), key, await asyncio.to_thread(ray.get_actor, name))
+        """Node agents on new nodes, replicas that another leader started. Raises UnavailableError where Ray does not answer."""
+        try:
+            nodes, names = await asyncio.gather(ask_ray(ray.nodes), ask_ray(ray.util.list_named_actors))
+            for node in nodes:
+                if node["Alive"]:
+                    self._keep_agent(node["NodeID"])
+            for name in names:
+                key = self._names.try_parse(name)
+                if key is not None and name not in self._replicas:
+                    self._adopt(ReplicaId(name), key, await ask_ray(lambda name=name: ray.get_actor(name)))  # type: ignore[misc]
+        except (RayError, ValueError) as error:  # ValueError: an actor has just gone
+            raise UnavailableError(f"Ray does not say what there is: {first_line(error)}", reason=Reason.START_FAILED) from error
 
     async def add(self, key: PoolKey, replica_id: ReplicaId) -> None:
         """Asks Ray for one more actor with the model's resources: one bundle."""
@@ -102,7 +94,7 @@ class RayPool:
             incarnation=0,
             served_model=key.model,
             engine=engine,
-            host=self._config.host,
+            node=LOCAL_NODE if not self._config.ray_address else "",
             cluster=self._config.cluster,
             redis_url=self._redis_url,
         )
@@ -117,57 +109,61 @@ class RayPool:
         }
         self._replicas[replica_id] = PoolReplica(replica_id=replica_id, key=key, state=SupervisedState.STARTING)
         try:
-            actor = await asyncio.to_thread(lambda: self._actors[key.role].options(**options).remote(config.to_json()))
-        except (RayError, ValueError) as error:
+            actor = await ask_ray(lambda: self._actors[key.role].options(**options).remote(config.to_json()))
+        except (RayError, ValueError, UnavailableError) as error:
             del self._replicas[replica_id]
-            raise UnavailableError(f"Ray does not start {replica_id}: {_first_line(error)}", reason=Reason.START_FAILED) from error
+            raise UnavailableError(f"Ray does not start {replica_id}: {first_line(error)}", reason=Reason.START_FAILED) from error
         self._adopt(replica_id, key, actor)
 
     async def remove(self, replica_id: ReplicaId) -> None:
         """Has the actor end its replica, then ends the actor."""
-        listener = self._listeners.pop(replica_id, None)
+        listener, actor = self._listeners.pop(replica_id, None), self._handles.pop(replica_id, None)
         if listener is not None:
             listener.cancel()
-        try:
-            actor = await asyncio.to_thread(ray.get_actor, replica_id)
+        if actor is not None:
             try:
                 async with asyncio.timeout(_STOP_S):
                     await actor.stop.remote()
             except (RayError, TimeoutError) as error:
-                logger.warning("replica_not_stopped replica_id=%s error=%s", replica_id, _first_line(error))
-            await asyncio.to_thread(ray.kill, actor)
-        except (ValueError, RayError):  # Ray has no such actor any more
-            logger.info("actor_gone replica_id=%s", replica_id)
+                logger.info("replica_not_asked replica_id=%s error=%s", replica_id, first_line(error))
+            try:
+                await ask_ray(lambda: ray.kill(actor))
+            except (RayError, ValueError, UnavailableError) as error:
+                logger.info("actor_gone replica_id=%s error=%s", replica_id, first_line(error))
         self._replicas.pop(replica_id, None)
         self._on_change()
 
-    async def close(self) -> None:
-        """Leaves Ray; replicas go on."""
+    def close(self) -> None:
+        """Listens no more; replicas go on."""
         for task in (*self._listeners.values(), *self._agents.values()):
             task.cancel()
-        await asyncio.to_thread(ray.shutdown)
 
     def _adopt(self, replica_id: ReplicaId, key: PoolKey, actor: Any) -> None:
         self._replicas[replica_id] = PoolReplica(replica_id=replica_id, key=key, state=SupervisedState.STARTING)
+        self._handles[replica_id] = actor
         self._listeners[replica_id] = asyncio.create_task(self._listen(replica_id, key, actor), name=f"listen {replica_id}")
 
     async def _listen(self, replica_id: ReplicaId, key: PoolKey, actor: Any) -> None:
-        """Takes the actor's reports until it dies."""
-        version = 0
+        """Takes the actor's reports until it dies. An actor that never had its replica up has failed."""
+        version, end = 0, SupervisedState.FAILED
         try:
-            await actor.start.remote()
+            async with asyncio.timeout(_PLACE_S):
+                await actor.start.remote()
             while True:
-                report = await actor.report.remote(version)
-                version = report["version"]
-                self._set(
-                    replica_id,
-                    key,
-                    SupervisedState(report["state"]),
-                    **{name: report[name] for name in ("address", "pid", "error", "incarnation")},
-                )
-        except RayError as error:
-            logger.warning("actor_lost replica_id=%s error=%s", replica_id, _first_line(error))
-            self._set(replica_id, key, SupervisedState.STOPPED, error=_first_line(error))
+                report = await _heard(actor, version)
+                version, state = report["version"], SupervisedState(report["state"])
+                if state is SupervisedState.RUNNING:
+                    end = SupervisedState.STOPPED
+                self._set(replica_id, key, state, **{name: report[name] for name in ("address", "pid", "error", "incarnation")})
+        except TimeoutError:
+            needs = self._names.config(key)
+            room = f"{needs.cpus_per_replica:g} CPUs, {needs.gpus_per_replica:g} GPUs"
+            error = f"Ray has not found room for {replica_id} in {_PLACE_S:g} s: {room}"
+            logger.warning("actor_not_placed replica_id=%s", replica_id)
+            self._set(replica_id, key, SupervisedState.FAILED, error=error)
+        except RayError as failure:
+            logger.warning("actor_lost replica_id=%s error=%s", replica_id, first_line(failure))
+            self._set(replica_id, key, end, error=first_line(failure))
 
     def _set(self, replica_id: ReplicaId, key: PoolKey, state: SupervisedState, **values: Any) -> None:
         self._replicas[replica_id] = replace(PoolReplica(replica_id=replica_id, key=key, state=state), **values)
@@ -181,7 +177,7 @@ class RayPool:
 
     async def _run_agent(self, node_id: str) -> None:
         """Has the node's agent up until it dies; `refresh`, which its death brings about, starts the next."""
-        node = node_id[:12]
+        node = node_id[:12] if self._config.ray_address else LOCAL_NODE
         options = {
             "name": f"agent-{node}",
             "lifetime": "detached",
@@ -189,65 +185,30 @@ class RayPool:
             "num_cpus": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
         }
-        arguments = (self._config.to_json(), node, self._config.host, self._redis_url)
+        arguments = (self._config.to_json(), node, self._redis_url)
+        pause_s = _PAUSE_S
         try:
-            actor = await asyncio.to_thread(lambda: self._agent.options(**options).remote(*arguments))
+            actor = await ask_ray(lambda: self._agent.options(**options).remote(*arguments))
             await actor.start.remote()
             logger.info("agent_runs node=%s", node)
+            pause_s = 0.0
             await actor.wait.remote()
-        except (RayError, ValueError) as error:
-            logger.warning("agent_lost node=%s error=%s", node, _first_line(error))
-        finally:
-            asyncio.get_running_loop().call_later(0.1, self._on_change)
+        except (RayError, ValueError, UnavailableError) as error:
+            logger.warning("agent_lost node=%s error=%s", node, first_line(error))
+            await asyncio.sleep(pause_s)
+        self._on_change()
 
 
-async def _in_own_thread(work: Callable[[], None]) -> None:
-    """Like `asyncio.to_thread`, but the process may end while the thread still waits: Ray tries for minutes to reach what is not there."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        if not done.done():
-            done.set_result(None) if error is None else done.set_exception(error)
-
-    def run() -> None:
-        error: BaseException | None = None
+async def _heard(actor: Any, version: int) -> dict[str, Any]:
+    """The actor's next report. A broken connection to it may come back; raises RayError where it does not, or the actor is dead."""
+    deadline_s: float | None = None
+    while True:
         try:
-            work()
-        except Exception as failure:  # handed on to the caller
-            error = failure
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(finish, error)
-
-    threading.Thread(target=run, name="connect to Ray", daemon=True).start()
-    await done
-
-
-def connect_ray(address: str, config: ClusterConfig) -> None:
-    """Joins `address` in the cluster's namespace; blocks."""
-    extra = {"_node_ip_address": config.host} if config.host.startswith("127.") and not config.ray_address else {}
-    ray.init(
-        address=address,
-        namespace=f"tandem-{config.cluster}",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-        **extra,
-    )
-
-
-def stop_all(config: ClusterConfig) -> int:
-    """Ends every actor of the cluster's namespace; how many there were. Blocks; for clusters on a Ray that is not ours."""
-    names = sorted(ray.util.list_named_actors(), key=lambda name: name.startswith("agent-"))  # replicas before their node's daemons
-    for name in names:
-        actor = ray.get_actor(name)
-        try:
-            ray.get(actor.stop.remote(), timeout=_STOP_S)
-        except (RayError, AttributeError) as error:
-            logger.warning("actor_not_stopped name=%s error=%s", name, _first_line(error))
-        ray.kill(actor)
-    return len(names)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            report: dict[str, Any] = await actor.report.remote(version)
+            return report
+        except ActorUnavailableError:
+            now_s = asyncio.get_running_loop().time()
+            deadline_s = deadline_s or now_s + _UNHEARD_S
+            if now_s > deadline_s:
+                raise
+            await asyncio.sleep(_PAUSE_S)

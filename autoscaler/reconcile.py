@@ -55,6 +55,11 @@ class Reconciler:
         """Replicas on their way out."""
         return self._leaving.keys()
 
+    def abandon(self) -> None:
+        """Leaves what it was about to the next leader."""
+        for task in self._leaving.values():
+            task.cancel()
+
     async def clear(self) -> None:
         """Removes what has failed, before anything is counted."""
         replicas = list(self._pool.replicas.values())

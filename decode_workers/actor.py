@@ -13,4 +13,4 @@ class DecodeActor(ReplicaActor):
     """One decode replica; its methods are `ReplicaActor`'s."""
 
     def __init__(self, config_json: str) -> None:
-        super().__init__(config_json, node=ray.get_runtime_context().get_node_id()[:12])
+        super().__init__(config_json, ray_node=ray.get_runtime_context().get_node_id()[:12])

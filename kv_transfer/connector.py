@@ -30,6 +30,7 @@ from tandem.domain import Namespace
 from tandem.engine.quiet_groups import quiet_process_groups
 from tandem.errors import ConfigError
 from tandem.faults import Faults
+from tandem.heap import trim_heap
 from tandem.parenthood import die_with_parent
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
             # In the engine's process: without it an engine outlives its killed replica for ever.
             die_with_parent()
             quiet_process_groups()
+            trim_heap()
             spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
             self._planner = TransferPlanner(
                 self._store,

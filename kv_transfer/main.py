@@ -24,13 +24,16 @@ from kv_transfer.shm_room import check_room
 from kv_transfer.shm_store import ShmStore
 from tandem.channel_pool import ChannelPool
 from tandem.errors import ConfigError, Reason
-from tandem.membership import Member, MemberKind
+from tandem.lifeline import stop_at_end
+from tandem.membership import REGISTER_URL, Member, MemberKind
 from tandem.polling import poll_until
 from tandem.registrar import Registrar
 from tandem.rpc import service, start_server
 from tandem.telemetry import StoreCollector
 from tandem.tether import POLL_S, Tether
 from tandem.v1 import store_pb2
+
+logger = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _EXIT_CONFIG = 2
@@ -105,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tether", default="", help="lock file of the supervisor; the service ends some time after nobody holds it")
     parser.add_argument("--address-file", default="", help="file its address is written to, and its port taken from where it is there")
     parser.add_argument("--cluster", default="", help="cluster whose register it joins")
-    parser.add_argument("--redis-url", default="", help="that register; none where it is empty")
+    parser.add_argument("--redis-url", default=os.environ.get(REGISTER_URL, ""), help="that register; default: REDIS_URL, else none")
     return parser
 
 
@@ -115,7 +118,7 @@ async def _serve_until_told(options: StoreOptions, beside: Beside | None) -> Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if options.lifeline_fd is not None:
-        loop.add_reader(options.lifeline_fd, _stop_at_end, options.lifeline_fd, stop)
+        stop_at_end(options.lifeline_fd, stop)
 
     async def beside_it(addresses: StoreAddresses) -> None:
         async with asyncio.TaskGroup() as group:
@@ -124,7 +127,14 @@ async def _serve_until_told(options: StoreOptions, beside: Beside | None) -> Non
             group.create_task((beside or _announcer(options, stop))(addresses), name="announce")
 
     # Not under the task group: what cannot be used is said in one line, not in a group of errors.
-    await serve(_with_last_port(options), stop, beside_it)
+    last = _with_last_port(options)
+    try:
+        await serve(last, stop, beside_it)
+    except ConfigError as error:
+        if last == options or error.reason is not Reason.PORT_IN_USE:
+            raise
+        logger.warning("last_port_not_free port=%d error=%s", last.port, error.message)
+        await serve(options, stop, beside_it)
 
 
 async def _watch_tether(tether: Tether, stop: asyncio.Event) -> None:
@@ -133,7 +143,7 @@ async def _watch_tether(tether: Tether, stop: asyncio.Event) -> None:
 
 
 def _with_last_port(options: StoreOptions) -> StoreOptions:
-    """A service that comes back keeps its port: replicas and other nodes know it."""
+    """A service that comes back keeps its port where it is still free: replicas and other nodes know it."""
     try:
         port = int(Path(options.address_file).read_text().rpartition(":")[2]) if options.address_file else 0
     except (OSError, ValueError):
@@ -221,13 +231,3 @@ def _metrics_server(host: str, port: int, registry: CollectorRegistry) -> Iterat
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def _stop_at_end(lifeline_fd: int, stop: asyncio.Event) -> None:
-    try:
-        has_ended = not os.read(lifeline_fd, 4096)
-    except OSError:
-        has_ended = True
-    if has_ended:
-        asyncio.get_running_loop().remove_reader(lifeline_fd)
-        stop.set()

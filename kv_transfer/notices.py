@@ -5,6 +5,7 @@ by the next.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -77,6 +78,7 @@ class NoticeReceiver:
         try:
             path.unlink(missing_ok=True)  # of a predecessor that was killed
             self._socket.bind(str(path))
+            self._inode = path.stat().st_ino
         except OSError as error:
             self._socket.close()
             raise ConfigError(
@@ -98,11 +100,13 @@ class NoticeReceiver:
         asyncio.get_running_loop().add_reader(self._socket.fileno(), read)
 
     def close(self) -> None:
-        """Stops listening and removes the socket."""
+        """Stops listening and removes the socket, unless a successor has bound one of that name."""
         if self._socket.fileno() >= 0:
             try:
                 asyncio.get_running_loop().remove_reader(self._socket.fileno())
             except RuntimeError:
                 logger.debug("notice receiver closed outside a loop")
         self._socket.close()
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.stat().st_ino == self._inode:
+                self.path.unlink()

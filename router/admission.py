@@ -1,21 +1,37 @@
-"""Who waits and who runs: a bounded queue by priority, then arrival, and a bound on dispatched requests.
+"""Who waits and who runs: for each model a bounded line by priority, then arrival, and one bound on dispatched requests.
 
-Must not know replicas: the core asks in what order to place and says what it placed.
+Must not know replicas: the core asks in what order to place and says what it placed. O(log waiting) an event, list moves aside.
 """
 
-from bisect import insort
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from heapq import merge
+from math import inf, isclose
 
-from tandem.domain import RequestId
+from tandem.domain import ModelId, RequestId
 from tandem.errors import DeadlineError, OverloadedError
 
 Rank = tuple[int, int, RequestId]  # priority (lower first), arrival number, id
+_Time = tuple[float, RequestId]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Ticket:
+    rank: Rank
+    model: ModelId
+    deadline_s: float
+    waits_since_s: float | None = None  # None: dispatched
+    work_s: float = 0.0
 
 
 @dataclass(slots=True)
-class _Ticket:
-    rank: Rank
-    deadline_s: float | None
+class _Line:
+    """Who waits for one model."""
+
+    ranks: list[Rank] = field(default_factory=list)
+    since: list[_Time] = field(default_factory=list)  # longest wait first
+    work_s: float = 0.0
 
 
 class Admission:
@@ -25,69 +41,123 @@ class Admission:
         self.max_queued_requests = max_queued_requests
         self.max_running_requests = max_running_requests
         self._tickets: dict[RequestId, _Ticket] = {}
-        self._queue: list[Rank] = []
+        self._lines: dict[ModelId, _Line] = {}  # of models that somebody waits for
+        self._deadlines: list[_Time] = []  # of those that wait
+        self._queued = 0
         self._arrivals = 0
 
     @property
     def queued_requests(self) -> int:
         """Requests that wait."""
-        return len(self._queue)
+        return self._queued
 
     @property
     def running_requests(self) -> int:
         """Requests that are dispatched."""
-        return len(self._tickets) - len(self._queue)
+        return len(self._tickets) - self._queued
 
     @property
     def has_slot(self) -> bool:
         """Whether one more may be dispatched."""
         return self.running_requests < self.max_running_requests
 
-    def enqueue(self, request_id: RequestId, *, priority: int, deadline_s: float | None, now_s: float, retry_after_s: float) -> None:
-        """Admits a request, O(queue). Raises DeadlineError where its time is over, OverloadedError where the queue is full."""
+    @property
+    def models(self) -> tuple[ModelId, ...]:
+        """Models that somebody waits for, by name."""
+        return tuple(sorted(self._lines))
+
+    def queued_for(self, model: ModelId) -> tuple[int, float]:
+        """Requests that wait for the model, and the sum of what their `work_s` was when they began to."""
+        line = self._lines.get(model)
+        return (0, 0.0) if line is None else (len(line.ranks), line.work_s)
+
+    def enqueue(
+        self,
+        request_id: RequestId,
+        *,
+        model: ModelId,
+        priority: int,
+        deadline_s: float | None,
+        now_s: float,
+        work_s: float,
+        retry_after_s: float,
+    ) -> None:
+        """Admits a request. Raises DeadlineError where its time is over, OverloadedError where the model's line is full."""
         if deadline_s is not None and deadline_s <= now_s:
             raise DeadlineError("admission")
-        if len(self._queue) >= self.max_queued_requests:
+        queued, _ = self.queued_for(model)
+        if queued >= self.max_queued_requests:
             raise OverloadedError(
-                f"{len(self._queue)} requests wait already, the limit is max_queued_requests={self.max_queued_requests}",
+                f"{queued} requests wait for model {model!r} already, the limit is max_queued_requests={self.max_queued_requests}",
                 retry_after_s=retry_after_s,
             )
         self._arrivals += 1
-        ticket = _Ticket((priority, self._arrivals, request_id), deadline_s)
-        self._tickets[request_id] = ticket
-        insort(self._queue, ticket.rank)
+        rank = (priority, self._arrivals, request_id)
+        self._tickets[request_id] = _Ticket(rank=rank, model=model, deadline_s=inf if deadline_s is None else deadline_s)
+        self.wait_again(request_id, now_s=now_s, work_s=work_s)
 
-    def waiting(self) -> tuple[RequestId, ...]:
-        """Waiting requests, first in line first."""
-        return tuple(request_id for _, _, request_id in self._queue)
+    def waiting(self, models: Iterable[ModelId]) -> tuple[RequestId, ...]:
+        """Who waits for one of `models`, first in line first. O(those)."""
+        lines = [self._lines[model].ranks for model in models if model in self._lines]
+        return tuple(request_id for _, _, request_id in merge(*lines))
+
+    def waiting_since(self, model: ModelId, until_s: float) -> tuple[RequestId, ...]:
+        """Who waits for the model since `until_s` or longer, longest first."""
+        line = self._lines.get(model)
+        if line is None:
+            return ()
+        return tuple(request_id for _, request_id in line.since[: bisect_right(line.since, until_s, key=_time_s)])
 
     def start(self, request_id: RequestId) -> None:
         """The waiting request is dispatched. Raises ValueError where it does not wait."""
-        self._queue.remove(self._tickets[request_id].rank)
+        ticket = self._tickets[request_id]
+        if ticket.waits_since_s is None:
+            raise ValueError(f"{request_id} does not wait")
+        line = self._lines[ticket.model]
+        del line.ranks[bisect_left(line.ranks, ticket.rank)]
+        del line.since[bisect_left(line.since, (ticket.waits_since_s, request_id))]
+        del self._deadlines[bisect_left(self._deadlines, (ticket.deadline_s, request_id))]
+        line.work_s -= ticket.work_s
+        if not line.ranks:
+            del self._lines[ticket.model]
+        ticket.waits_since_s = None
+        self._queued -= 1
 
-    def wait_again(self, request_id: RequestId) -> None:
+    def wait_again(self, request_id: RequestId, *, now_s: float, work_s: float) -> None:
         """The running request waits for another worker, at its old rank; not bound by the queue's limit, for it has been admitted."""
-        insort(self._queue, self._tickets[request_id].rank)
+        ticket = self._tickets[request_id]
+        ticket.waits_since_s, ticket.work_s = now_s, work_s
+        line = self._lines.setdefault(ticket.model, _Line())
+        insort(line.ranks, ticket.rank)
+        insort(line.since, (now_s, request_id))
+        insort(self._deadlines, (ticket.deadline_s, request_id))
+        line.work_s += work_s
+        self._queued += 1
 
     def end(self, request_id: RequestId) -> None:
         """The request is over, wherever it was."""
-        ticket = self._tickets.pop(request_id)
-        if ticket.rank in self._queue:
-            self._queue.remove(ticket.rank)
+        if self._tickets[request_id].waits_since_s is not None:
+            self.start(request_id)
+        del self._tickets[request_id]
 
-    def expired(self, now_s: float) -> list[RequestId]:
-        """Waiting requests whose deadline has passed, in line order."""
-        over = []
-        for _, _, request_id in self._queue:
-            deadline_s = self._tickets[request_id].deadline_s
-            if deadline_s is not None and deadline_s <= now_s:
-                over.append(request_id)
-        return over
+    def expired(self, now_s: float) -> tuple[RequestId, ...]:
+        """Waiting requests whose deadline has passed, the earliest deadline first."""
+        return tuple(request_id for _, request_id in self._deadlines[: bisect_right(self._deadlines, now_s, key=_time_s)])
 
     def check_invariants(self) -> None:
-        """Raises AssertionError where a bound or the order is broken."""
-        assert self._queue == sorted(self._queue), "the queue is out of order"
-        assert len(set(self._queue)) == len(self._queue), "a request waits twice"
-        assert all(self._tickets[rank[2]].rank == rank for rank in self._queue), "a request waits that was not admitted"
+        """Raises AssertionError where a bound, an order or a sum is broken; O(waiting)."""
+        waiting = {request_id: ticket for request_id, ticket in self._tickets.items() if ticket.waits_since_s is not None}
+        assert len(waiting) == self._queued, "the count of those that wait is wrong"
+        assert self._deadlines == sorted((ticket.deadline_s, request_id) for request_id, ticket in waiting.items()), "deadlines are wrong"
+        assert set(self._lines) == {ticket.model for ticket in waiting.values()}, "a line is missing, or nobody is in it"
+        for model, line in self._lines.items():
+            own = {request_id: ticket for request_id, ticket in waiting.items() if ticket.model == model}
+            assert line.ranks == sorted(ticket.rank for ticket in own.values()), "a line is out of order"
+            assert line.since == sorted((ticket.waits_since_s, request_id) for request_id, ticket in own.items()), "times are wrong"
+            assert isclose(line.work_s, sum(ticket.work_s for ticket in own.values()), abs_tol=1e-6), "the work is not the sum"
+            assert len(own) <= self.max_queued_requests + self.max_running_requests, "more wait than may"
         assert self.running_requests <= self.max_running_requests, "more are dispatched than may be"
-        assert len(self._queue) <= self.max_queued_requests + self.max_running_requests, "more wait than may"
+
+
+def _time_s(entry: _Time) -> float:
+    return entry[0]

@@ -14,7 +14,9 @@ class RouterConfig:
 
     router_id: str = "router-0"
     cluster: str = ""
-    max_queued_requests: int = 1024  # at 10 requests/s about 100 s of wait, beyond any sensible deadline
+    max_queued_requests: int = (
+        1024  # for one model, so that none takes another's room; at 10 requests/s about 100 s of wait, beyond any sensible deadline
+    )
     max_running_requests: int = 256  # dispatched at once; four engines of 64 sequences
     retry_budget: int = 2  # further decode workers after the first
     retry_hold_s: float = 0.5  # before a replica that failed a request may have it again, if there is no other
@@ -26,8 +28,8 @@ class RouterConfig:
     stamp_settle_s: float = 5.0  # after this a FINISHED stamp that has not come is given up: 25 reports at 5 Hz
     default_output_tokens: int = 128  # what a request is expected to produce where it does not say
     tick_s: float = 0.05  # how late a queued request's deadline may be noticed
-    watch_silence_s: float = 2.0  # ten reports at 5 Hz missed: the replica hangs
-    reconnect_max_s: float = 2.0
+    watch_silence_s: float = 2.5  # twelve reports at 5 Hz missed, two of an idle replica: it hangs
+    reconnect_max_s: float = 0.25  # a replica is back in a second; one that is gone leaves the register, and is tried no more
 
     def validate(self) -> None:
         """Raises ConfigError naming the setting."""

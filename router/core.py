@@ -11,21 +11,21 @@ Booking is at dispatch, release at the end of the attempt. Mutate only through t
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 
 from router.admission import Admission
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.instructions import Abandon, Dispatch, Instruction, Reject, ReplicaStatus
-from router.ledger import Ledger, Stamp
+from router.ledger import Ledger
 from router.placement import Placement
 from router.planner import Planner, make_plan
 from router.predict import Predictor
 from router.prefix_index import Holder, PrefixIndex
 from router.receipts import learn
 from router.tracked import Tracked
-from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
+from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Stamp, WorkerLoad
 from tandem.errors import DeadlineError, InvalidRequestError, Reason, TandemError, UnavailableError
 
 # Ids that ended within the settle time; beyond 2,000 requests/s the oldest are forgotten, which costs a wrong count for a moment.
@@ -64,9 +64,15 @@ class RouterCore:
         """Requests that are dispatched."""
         return self._admission.running_requests
 
-    def retry_after_s(self) -> float:
-        """When a caller refused now should come back."""
-        return self._predictor.retry_after_s(self.queued_requests, self._config.max_running_requests)
+    def retry_after_s(self, model: ModelId | None) -> float:
+        """When a caller refused now should come back: once the model's queue has passed, or its replica may have started.
+
+        None: the model is not known.
+        """
+        if model is None or self._fleet.is_ready(model):
+            queued = 0 if model is None else self._admission.queued_for(model)[0]
+            return self._predictor.retry_after_s(queued, self._config.max_running_requests)
+        return self._start_wait_s(model)
 
     def replicas(self) -> list[ReplicaStatus]:
         """Reachable replicas, by id."""
@@ -74,18 +80,11 @@ class RouterCore:
 
     def is_served(self, model: ModelId) -> bool:
         """Whether a replica of the model takes requests now."""
-        return any(self._fleet.ready(model, role) for role in Role)
+        return self._fleet.is_ready(model)
 
     def waiting_work(self) -> dict[ModelId, tuple[int, float]]:
-        """By model: requests that wait here and the predicted seconds of their prefill. O(waiting)."""
-        work: dict[ModelId, tuple[int, float]] = {}
-        for request_id in self._admission.waiting():
-            tracked = self._requests[request_id]
-            requests, work_s = work.get(tracked.request.model, (0, 0.0))
-            tokens = tracked.total_tokens
-            own_s = self._predictor.prefill_s(tracked.request.model, uncached_tokens=tokens, context_tokens=tokens)
-            work[tracked.request.model] = (requests + 1, work_s + own_s)
-        return work
+        """By model: requests that wait here and the seconds of their prefill, as predicted when each began to wait."""
+        return {model: self._admission.queued_for(model) for model in self._admission.models}
 
     # Events of requests.
 
@@ -94,10 +93,17 @@ class RouterCore:
         request_id = request.request_id
         if request_id in self._requests:
             raise InvalidRequestError("request_id", f"a request {request_id!r} is being served")
-        retry_after_s = self.retry_after_s()
         try:
             self._fleet.lease_for(request.model)
-            self._admission.enqueue(request_id, priority=request.priority, deadline_s=deadline_s, now_s=now_s, retry_after_s=retry_after_s)
+            self._admission.enqueue(
+                request_id,
+                model=request.model,
+                priority=request.priority,
+                deadline_s=deadline_s,
+                now_s=now_s,
+                work_s=self._prefill_s(request.model, request.total_tokens),
+                retry_after_s=self.retry_after_s(request.model),
+            )
         except TandemError as error:
             return [Reject(request_id=request_id, error=error)]
         ahead_requests = 0 if self._admission.has_slot else self.queued_requests
@@ -109,7 +115,6 @@ class RouterCore:
             block_hashes=block_hashes,
             deadline_s=deadline_s,
             predicted_queue_s=self._predictor.wait_s(ahead_requests, self._config.max_running_requests),
-            queued_since_s=now_s,
         )
         return self._pump(now_s)
 
@@ -156,8 +161,7 @@ class RouterCore:
         self._release(tracked, now_s)
         tracked.avoid.add(_holder(placement.decode))
         tracked.hold_until_s = now_s + self._config.retry_hold_s
-        tracked.queued_since_s = now_s
-        self._admission.wait_again(request_id)
+        self._admission.wait_again(request_id, now_s=now_s, work_s=self._prefill_s(tracked.request.model, tracked.total_tokens))
         return self._pump(now_s)
 
     def cancelled(self, request_id: RequestId, now_s: float) -> list[Instruction]:
@@ -170,9 +174,9 @@ class RouterCore:
 
     # Events of replicas and of time.
 
-    def models_held(self, models: Iterable[ModelId]) -> None:
-        """Models for which somebody starts replicas on demand: their requests may wait for that."""
-        self._fleet.hold(models)
+    def models_held(self, models: Iterable[ModelId], refused: Mapping[ModelId, str]) -> None:
+        """Models for which somebody starts replicas on demand: their requests may wait for that. `refused`: why others may not."""
+        self._fleet.hold(models, refused)
 
     def replica_seen(self, lease: Lease, now_s: float) -> list[Instruction]:
         """A lease, new or changed. A newer incarnation ends the older one; an older one is ignored."""
@@ -204,27 +208,40 @@ class RouterCore:
         instructions: list[Instruction] = []
         for request_id in self._admission.expired(now_s):
             instructions.append(self._refuse(self._requests[request_id], DeadlineError("queue"), now_s))
-        for request_id in self._admission.waiting():
-            tracked = self._requests[request_id]
-            is_held = self._fleet.is_held(tracked.request.model)
-            wait_s = self._config.cold_start_wait_s if is_held else self._config.no_replica_wait_s
-            unserved_s = self._fleet.unserved_s(tracked.request.model, now_s)
-            if unserved_s is not None and min(unserved_s, now_s - tracked.queued_since_s) >= wait_s:
-                message = f"no replica of model {tracked.request.model!r} has been ready for {unserved_s:.1f} s"
-                error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=self._config.no_replica_wait_s)
-                instructions.append(self._refuse(tracked, error, now_s))
+        for model in self._admission.models:
+            instructions += self._refuse_in_vain(model, now_s)
         self._ledger.expire(now_s)
         self._forget_ended(now_s)
         return [*instructions, *self._pump(now_s)]
 
     # Inside.
 
+    def _refuse_in_vain(self, model: ModelId, now_s: float) -> list[Reject]:
+        """Ends the requests that wait for a model that no replica comes for, and those that have waited for one too long."""
+        error, until_s = self._fleet.refusal(model), now_s
+        unserved_s = self._fleet.unserved_s(model, now_s)
+        if error is None:
+            wait_s = self._start_wait_s(model)
+            if unserved_s is None or unserved_s < wait_s:
+                return []
+            message = f"no replica of model {model!r} has been ready for {unserved_s:.1f} s"
+            error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=self._config.no_replica_wait_s)
+            until_s = now_s - wait_s
+        return [self._refuse(self._requests[request_id], error, now_s) for request_id in self._admission.waiting_since(model, until_s)]
+
+    def _start_wait_s(self, model: ModelId) -> float:
+        """How long a request may wait for the first replica of a model."""
+        return self._config.cold_start_wait_s if self._fleet.is_held(model) else self._config.no_replica_wait_s
+
+    def _prefill_s(self, model: ModelId, tokens: int) -> float:
+        return self._predictor.prefill_s(model, uncached_tokens=tokens, context_tokens=tokens)
+
     def _pump(self, now_s: float) -> list[Instruction]:
-        """Dispatches, in line order, every waiting request that has a slot and a worker."""
+        """Dispatches, in line order, every waiting request that has a slot and a worker. Who waits for other models costs nothing."""
         instructions: list[Instruction] = []
         if not self._admission.has_slot:
             return instructions
-        for request_id in self._admission.waiting():
+        for request_id in self._admission.waiting(model for model in self._admission.models if self._fleet.is_ready(model)):
             tracked = self._requests[request_id]
             placement = self._planner.try_place(tracked, now_s)
             if placement is not None:
@@ -302,7 +319,7 @@ class RouterCore:
         assert len(self._prefixes) <= self._config.max_prefix_blocks, "the prefix index is over its bound"
         assert len(self._ended) <= _MAX_ENDED, "more ended requests are remembered than may be"
         queued = {request_id for request_id, tracked in self._requests.items() if tracked.placement is None}
-        assert queued == set(self._admission.waiting()), "queue and requests disagree on who waits"
+        assert queued == set(self._admission.waiting(self._admission.models)), "queue and requests disagree on who waits"
         assert len(self._requests) - len(queued) == self.running_requests, "queue and requests disagree on who runs"
         for lease in self._fleet.leases:
             for request_id, attempt in self._ledger.open_bookings(lease.replica_id):

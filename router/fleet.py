@@ -3,12 +3,15 @@
 Must not count work (`ledger.py`) or choose (`placement.py`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from tandem.domain import Lease, ModelId, ReplicaId, ReplicaState, Role
 from tandem.errors import InvalidRequestError, NotFoundError, Reason, UnavailableError
 
 MAX_KNOWN_MODELS = 256
+_NONE_REFUSED: Mapping[ModelId, str] = MappingProxyType({})
+_REFUSED_RETRY_S = 5.0  # somebody has to act first: a setting, a target set by hand
 
 
 class Fleet:
@@ -16,13 +19,20 @@ class Fleet:
 
     def __init__(self) -> None:
         self._leases: dict[ReplicaId, Lease] = {}
+        self._sorted: tuple[Lease, ...] = ()
+        self._ready: dict[tuple[ModelId, Role], list[Lease]] = {}
         self._models: dict[ModelId, Lease] = {}
         self._unserved_since_s: dict[ModelId, float] = {}
         self._held: frozenset[ModelId] = frozenset()
+        self._refused = _NONE_REFUSED
 
-    def hold(self, models: Iterable[ModelId]) -> None:
-        """Models whose requests may wait for a replica to be started; the register names them all each time."""
+    def hold(self, models: Iterable[ModelId], refused: Mapping[ModelId, str] = _NONE_REFUSED) -> None:
+        """Models whose requests may wait for a replica to be started; the register names them all each time.
+
+        `refused`: those, and others, that no replica will come for now, and why.
+        """
         self._held = frozenset(models)
+        self._refused = dict(refused)
 
     def is_held(self, model: ModelId) -> bool:
         """Whether somebody will start a replica of the model."""
@@ -30,20 +40,32 @@ class Fleet:
 
     def awaited(self, model: str) -> ModelId | None:
         """The model that `model` ("": the only one) names where it is held and no replica of it has been seen yet, else None."""
-        named = [name for name in self._held if not model or name == model]
-        if len(named) != 1 or named[0] in self._models or (not model and self._models):
+        named = self.named(model)
+        return None if named in self._models or named in self._refused else named
+
+    def named(self, model: str) -> ModelId | None:
+        """The model that `model` ("": the only one) names; None where it is none or could be several."""
+        named = [name for name in self.models if not model or name == model]
+        return named[0] if len(named) == 1 else None
+
+    def refusal(self, model: ModelId) -> UnavailableError | None:
+        """Why a request for the model need not wait: no replica is ready, and none will come. None where it may wait or be served."""
+        words = self._refused.get(model)
+        if words is None or self.is_ready(model):
             return None
-        return named[0]
+        return UnavailableError(
+            f"no replica of model {model!r} is ready: {words}", reason=Reason.NO_REPLICA, retry_after_s=_REFUSED_RETRY_S
+        )
 
     @property
     def leases(self) -> tuple[Lease, ...]:
         """Reachable replicas by id."""
-        return tuple(self._leases[replica_id] for replica_id in sorted(self._leases))
+        return self._sorted
 
     @property
     def models(self) -> tuple[ModelId, ...]:
-        """Models that are or were served, or are to be, by name."""
-        return tuple(sorted({*self._models, *self._held}))
+        """Models that are or were served, or are to be, by name; those that the register names among them."""
+        return tuple(sorted({*self._models, *self._held, *self._refused}))
 
     def get(self, replica_id: ReplicaId) -> Lease | None:
         """The replica's lease; None where it is not reachable."""
@@ -71,9 +93,13 @@ class Fleet:
         self._note_served(now_s)
         return lease
 
-    def ready(self, model: ModelId, role: Role) -> list[Lease]:
+    def ready(self, model: ModelId, role: Role) -> Sequence[Lease]:
         """Replicas that take new requests, by id."""
-        return [lease for lease in self.leases if lease.model == model and lease.role is role and lease.state is ReplicaState.READY]
+        return self._ready.get((model, role), ())
+
+    def is_ready(self, model: ModelId) -> bool:
+        """Whether a replica of the model, of either role, takes new requests."""
+        return any((model, role) in self._ready for role in Role)
 
     def last_lease(self, model: ModelId) -> Lease | None:
         """The lease of any replica of the model, the last one seen; None where none was."""
@@ -87,28 +113,35 @@ class Fleet:
     def lease_for(self, model: str) -> Lease:
         """A lease that says how to read requests for `model` ("": the only one).
 
-        Raises UnavailableError where no model is known at all, NotFoundError or InvalidRequestError naming the models.
+        Raises UnavailableError where no model is known at all or no replica will come, NotFoundError or InvalidRequestError naming
+        the models.
         """
-        if not self._models and not self._held:
+        models = self.models
+        if not models:
             raise UnavailableError("no worker has reported to this router yet", reason=Reason.NO_REPLICA, retry_after_s=1.0)
-        names = ", ".join(self.models)
-        if model:
-            lease = self._models.get(ModelId(model))
-            if lease is None and ModelId(model) in self._held:
-                raise UnavailableError(f"no replica of model {model!r} has started yet", reason=Reason.NO_REPLICA, retry_after_s=1.0)
-            if lease is None:
-                raise NotFoundError(f"model {model!r} is not served; served are: {names}", reason=Reason.UNKNOWN_MODEL, field="model")
-            return lease
-        if len(self.models) > 1:
+        names = ", ".join(models)
+        if not model and len(models) > 1:
             raise InvalidRequestError("model", f"must name one of: {names}")
-        if not self._models:
-            raise UnavailableError(f"no replica of model {names!r} has started yet", reason=Reason.NO_REPLICA, retry_after_s=1.0)
-        return next(iter(self._models.values()))
+        named = ModelId(model) if model else models[0]
+        if named not in models:
+            raise NotFoundError(f"model {model!r} is not served; served are: {names}", reason=Reason.UNKNOWN_MODEL, field="model")
+        refusal = self.refusal(named)
+        if refusal is not None:
+            raise refusal
+        lease = self._models.get(named)
+        if lease is None:
+            raise UnavailableError(f"no replica of model {named!r} has started yet", reason=Reason.NO_REPLICA, retry_after_s=1.0)
+        return lease
 
     def _note_served(self, now_s: float) -> None:
-        served = {lease.model for lease in self._leases.values() if lease.state is ReplicaState.READY}
+        """After every change of the leases; O(replicas log replicas)."""
+        self._sorted = tuple(self._leases[replica_id] for replica_id in sorted(self._leases))
+        self._ready = {}
+        for lease in self._sorted:
+            if lease.state is ReplicaState.READY:
+                self._ready.setdefault((lease.model, lease.role), []).append(lease)
         for model in self._models:
-            if model in served:
+            if self.is_ready(model):
                 self._unserved_since_s.pop(model, None)
             else:
                 self._unserved_since_s.setdefault(model, now_s)

@@ -6,8 +6,9 @@ Must not know how the client is connected: a `Call` takes the output, errors lea
 import asyncio
 from typing import Protocol
 
+from kv_transfer.manifest import hash_in_slices
 from router.relay import Relay
-from router.request_reader import hash_prompt, read_request
+from router.request_reader import read_request
 from router.shell import RouterShell
 from router.tokenizer import Tokenizers
 from router.workers import Workers
@@ -47,12 +48,12 @@ class Frontend:
         model, outcome, relay = _UNKNOWN_MODEL, str(Reason.BUG), None
         metrics = self._shell.metrics
         try:
-            with self._shell.call():
+            with self._shell.call(message.model):
                 deadline.remaining_s("arrival")
                 lease = await self._shell.lease_for(message.model, deadline)
                 model = lease.model
                 request = await read_request(message, lease, self._tokenizers)
-                block_hashes = await hash_prompt(request, lease.engine.block_size_tokens)
+                block_hashes = await hash_in_slices(request.prompt_token_ids, lease.engine.block_size_tokens, request.cache_salt)
                 await call.accept(request, lease)
                 metrics.prompt_tokens.labels(model).inc(len(request.prompt_token_ids))
                 relay = Relay(self._shell, self._workers, call, request, lease.engine, arrived_s=arrived_s)

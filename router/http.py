@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from router.http_body import MAX_BODY_BYTES
 from router.http_calls import HTTP_CALL, HttpCall, HttpCalls
 from router.openai_request import body_param, read_request_id
 from tandem.errors import Code, ConfigError, InternalError, Reason, TandemError
@@ -21,8 +22,8 @@ from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 16 * 2**20
 _SHUTDOWN_GRACE_S = 2.0
+_CLEANUP_S = 0.1
 _MAX_PORT = 65_535
 _REQUEST_ID = "x-request-id"
 _CLIENT_GONE = 499  # nginx's number; nobody reads it
@@ -121,7 +122,7 @@ async def start_http(host: str, port: int, routes: Sequence[web.RouteDef], calls
     app.add_routes(routes)
     protocol_logger = logging.getLogger(f"{__name__}.protocol")
     protocol_logger.addFilter(_without_words)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, logger=protocol_logger, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, logger=protocol_logger, shutdown_timeout=_CLEANUP_S)
     await runner.setup()
     try:
         await web.TCPSite(runner, host.strip("[]"), port).start()
@@ -172,7 +173,10 @@ async def _answer(request: web.Request, handler: Handler, call: HttpCall) -> web
     except Exception:
         logger.exception("http_handler_failed request_id=%s", call.request_id)
         failure = InternalError("the request failed; the server's log has the cause")
-    return await _refuse(failure, call)
+    refusal = await _refuse(failure, call)
+    if request.content.exception() is not None:
+        refusal.force_close()  # aiohttp reads nothing more on this connection
+    return refusal
 
 
 async def _refuse(error: TandemError, call: HttpCall) -> web.StreamResponse:

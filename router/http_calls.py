@@ -13,7 +13,7 @@ from aiohttp import web
 from router.event_stream import EventStream
 from tandem.errors import DeadlineError, Reason, UnavailableError
 
-_LAST_WORDS_S = 2.0
+_LAST_WORDS_S = 0.5  # after the grace of 2 s; a cluster that ends kills its routers after 3 s
 
 
 @dataclass(slots=True)

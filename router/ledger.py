@@ -6,27 +6,10 @@ Stamps come on one ordered stream with the totals, so each request is counted ex
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from tandem.domain import ReplicaId, RequestId, WorkerLoad
+from tandem.domain import ReplicaId, RequestId, Stamp, StampKind, WorkerLoad
 
 BookingKey = tuple[RequestId, int]  # request and attempt
-
-
-class StampKind(StrEnum):
-    """What a replica says of one request."""
-
-    ACCEPTED = "accepted"
-    FINISHED = "finished"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
-    """The totals of this report, and of later ones, include (ACCEPTED) or no longer include (FINISHED) the request."""
-
-    request_id: RequestId
-    attempt: int
-    kind: StampKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

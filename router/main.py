@@ -32,7 +32,7 @@ from router.shell import RouterShell
 from router.tokenizer import Tokenizers
 from router.workers import Workers
 from tandem.errors import ConfigError
-from tandem.membership import Member, MemberKind, Register
+from tandem.membership import REGISTER_URL, Member, MemberKind, Register
 from tandem.registrar import Registrar
 from tandem.rpc import start_server
 from tandem.telemetry import RouterMetrics
@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default=_LOOPBACK, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8470, help="port to listen on, 0: any free one (default: %(default)s)")
     parser.add_argument("--worker", action="append", default=[], metavar="HOST:PORT", help="a worker's address; give one flag per worker")
-    parser.add_argument("--redis-url", default="", help="the cluster's register; without it the router knows the --worker ones only")
+    parser.add_argument(
+        "--redis-url",
+        default=os.environ.get(REGISTER_URL, ""),
+        help="the cluster's register; default: REDIS_URL, else the --worker ones only",
+    )
     parser.add_argument("--http-port", type=int, default=8480, help="port of the HTTP endpoint, 0: any free one (default: %(default)s)")
     for field in fields(RouterConfig):
         kind: type = int if field.default is None else type(field.default)
@@ -111,6 +115,7 @@ async def _serve(config: RouterConfig, options: argparse.Namespace) -> None:
                 group.create_task(shell.tick_forever(), name="tick"),
                 group.create_task(workers.watch_forever(), name="workers"),
             ]
+            registering = None
             if view is not None:
                 stack.push_async_callback(view.register.close)
                 member = Member(
@@ -124,9 +129,11 @@ async def _serve(config: RouterConfig, options: argparse.Namespace) -> None:
                     metrics_address=http.address,
                 )
                 tasks.append(group.create_task(view.run(), name="register view"))
-                tasks.append(group.create_task(Registrar(view.register, member, stop.set).run(), name="registrar"))
+                registering = group.create_task(Registrar(view.register, member, stop.set).run(), name="registrar")
             print(f"router ready address={server.address} http={http.address}", flush=True)
             await stop.wait()
+            if registering is not None:
+                registering.cancel()  # the lease goes first, so that nobody new is sent here
             await asyncio.gather(server.stop(), http.stop())
             for task in tasks:
                 task.cancel()

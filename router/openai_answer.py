@@ -6,7 +6,7 @@ Must not write to the client: who is told of new output does.
 from collections.abc import Awaitable, Callable, Sequence
 
 from router.openai_request import OpenAiRequest
-from router.openai_response import Choice, Format, JsonObject, TokenText, receipt_object, usage_object
+from router.openai_response import Choice, Format, JsonObject, TokenBytes, receipt_object, usage_object
 from router.tokenizer import Tokenizers
 from tandem.deadline import Deadline
 from tandem.domain import Lease, Receipt, Request
@@ -29,7 +29,7 @@ class PromptCall:
         self.model = ""
         self.prompt_token_ids: Sequence[int] = ()
         self.cached_tokens = 0
-        self.token_text: TokenText | None = None
+        self.token_bytes: TokenBytes | None = None
         self.receipt: Receipt | None = None
 
     def time_remaining_s(self) -> float | None:
@@ -42,9 +42,9 @@ class PromptCall:
         self.prompt_token_ids = request.prompt_token_ids
         if self._wanted.wants_logprobs:
             if self._wanted.names_tokens_by_id:
-                self.token_text = "token_id:{}".format
+                self.token_bytes = _by_id
             else:
-                self.token_text = (await self._tokenizers.get(lease.model_path)).token_text
+                self.token_bytes = (await self._tokenizers.get(lease.model_path)).token_bytes
 
     async def write(self, payload: bytes, /) -> None:
         """Takes one chunk."""
@@ -79,8 +79,8 @@ class Answer:
         return {"id": self._id, "object": kind, "created": self._created, "model": self.calls[0].model, "choices": choices}
 
     def _choice(self, call: PromptCall, choice: Choice, *, is_delta: bool) -> JsonObject:
-        output = choice.take(call.token_text)
-        made = self._form.choice(output, call.token_text, is_delta=is_delta)
+        output = choice.take(call.token_bytes)
+        made = self._form.choice(output, call.token_bytes, is_delta=is_delta)
         if self._wanted.wants_token_ids:
             made["token_ids"] = output.token_ids
             if output.is_first and self._form.has_prompt_in_choice:
@@ -117,3 +117,7 @@ class Answer:
         """The receipt; of several prompts a list of them."""
         made = [receipt_object(call.receipt) for call in self.calls if call.receipt is not None]
         return made[0] if len(self.calls) == 1 else made
+
+
+def _by_id(token_id: int) -> bytes:
+    return b"token_id:%d" % token_id

@@ -2,7 +2,8 @@
 
 Must not do I/O. Raises InvalidRequestError naming the body key or header. Headers that count:
 
-x-request-id           the request's id (up to 124 printable ASCII characters, else one is made); several prompts add -0, -1, ...
+x-request-id           the answer's id (up to 124 printable ASCII characters, else one is made); the id that workers and receipts have
+                       begins with its first 115, then a suffix of its own, then -0, -1, ... where there are several prompts
 x-request-timeout-ms   the deadline of the whole request, from its arrival
 x-slo-ttft-ms, x-slo-tpot-ms   objectives
 x-session-id           requests of one session prefer one replica
@@ -20,11 +21,13 @@ import msgspec
 from router.openai_body import Body, ChatBody, CompletionBody, Message, StructuredOutputs, read_body
 from tandem.domain import MAX_REQUEST_ID_CHARS, Slo, StructuredKind, StructuredOutput
 from tandem.errors import InvalidRequestError
-from tandem.generate_request import GenerateOptions, Prompt, prepare_request
+from tandem.generate_request import GenerateOptions, Prompt, check_messages, prepare_request
 from tandem.v1 import inference_pb2
 
 MAX_PROMPTS = 128  # each is a request of its own
 _PROMPT_NUMBER_CHARS = len(f"-{MAX_PROMPTS - 1}")
+_SUFFIX_CHARS = 9
+_MAX_OWN_CHARS = MAX_REQUEST_ID_CHARS - _PROMPT_NUMBER_CHARS - _SUFFIX_CHARS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,7 @@ class Hints:
     """What the headers say."""
 
     request_id: str
+    id_suffix: str = ""  # makes the router's own id unique: clients may give one id to several requests
     timeout_s: float | None = None
     slo: Slo | None = None
     session_id: str = ""
@@ -84,6 +88,7 @@ def read_hints(headers: Mapping[str, str], request_id: str) -> Hints:
     ttft_s, tpot_s = _read_ms(headers, "x-slo-ttft-ms"), _read_ms(headers, "x-slo-tpot-ms")
     return Hints(
         request_id=request_id,
+        id_suffix=f"-{uuid.uuid4().hex[: _SUFFIX_CHARS - 1]}" if headers.get("x-request-id") == request_id else "",
         timeout_s=_read_ms(headers, "x-request-timeout-ms"),
         slo=None if ttft_s is None and tpot_s is None else Slo(ttft_s=ttft_s, tpot_s=tpot_s),
         session_id=headers.get("x-session-id", ""),
@@ -119,6 +124,7 @@ def read_chat(payload: bytes, hints: Hints) -> OpenAiRequest:
         raise InvalidRequestError("top_logprobs", "needs logprobs: true")
     if not body.messages:
         raise InvalidRequestError("messages", "must not be empty")
+    check_messages("messages", len(body.messages))
     chat: Prompt = [_chat_message(f"messages[{index}]", message) for index, message in enumerate(body.messages)]
     return _make_request(body, [chat], (body.top_logprobs or 0) if body.logprobs else None, hints)
 
@@ -171,8 +177,9 @@ def _make_request(body: Body, prompts: Sequence[Prompt], logprobs: int | None, h
     if body.top_k == -1:  # vLLM's other word for all
         options["top_k"] = 0
     messages = []
+    own_id = f"{hints.request_id[:_MAX_OWN_CHARS]}{hints.id_suffix}"
     for index, prompt in enumerate(prompts):
-        options["request_id"] = f"{hints.request_id}-{index}" if len(prompts) > 1 else hints.request_id
+        options["request_id"] = f"{own_id}-{index}" if len(prompts) > 1 else own_id
         messages.append(prepare_request(prompt, options, None).message)
     return OpenAiRequest(
         messages=tuple(messages),

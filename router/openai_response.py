@@ -12,7 +12,7 @@ from tandem.domain import Receipt
 from tandem.v1 import common_pb2, inference_pb2
 
 JsonObject = dict[str, Any]
-TokenText = Callable[[int], str]
+TokenBytes = Callable[[int], bytes]  # a token alone; its text has U+FFFD where it is part of a character
 
 _LEAST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI's stand-in
 
@@ -52,11 +52,11 @@ class Choice:
             new.finish_reason = finish_reason_from_pb(chunk.finish_reason)
             new.stop_reason = self._stop_reason(chunk.stop_reason)
 
-    def take(self, token_text: TokenText | None) -> Output:
-        """What came since the last time; `token_text` counts the characters where log probabilities are wanted."""
+    def take(self, token_bytes: TokenBytes | None) -> Output:
+        """What came since the last time; `token_bytes` counts the characters where log probabilities are wanted."""
         taken = self._new
-        if token_text is not None:
-            self._chars += sum(len(token_text(item.sampled.token_id)) for item in taken.logprobs)
+        if token_bytes is not None:
+            self._chars += sum(len(_token_text(token_bytes, item.sampled)) for item in taken.logprobs)
         self._new = Output(index=self._index, is_first=False, first_char=self._chars)
         return taken
 
@@ -76,11 +76,11 @@ class Format:
     has_prompt_in_choice: bool  # where vLLM puts `prompt_token_ids`
     whole: Callable[[Output], JsonObject]
     delta: Callable[[Output], JsonObject]
-    logprobs: Callable[[Sequence[common_pb2.Logprobs], TokenText, int], JsonObject]
+    logprobs: Callable[[Sequence[common_pb2.Logprobs], TokenBytes, int], JsonObject]
 
-    def choice(self, output: Output, token_text: TokenText | None, *, is_delta: bool) -> JsonObject:
-        """A choice of an answer or chunk; without `token_text` it has no log probabilities."""
-        logprobs = None if token_text is None else self.logprobs(output.logprobs, token_text, output.first_char)
+    def choice(self, output: Output, token_bytes: TokenBytes | None, *, is_delta: bool) -> JsonObject:
+        """A choice of an answer or chunk; without `token_bytes` it has no log probabilities."""
+        logprobs = None if token_bytes is None else self.logprobs(output.logprobs, token_bytes, output.first_char)
         return {
             "index": output.index,
             **(self.delta(output) if is_delta else self.whole(output)),
@@ -88,6 +88,10 @@ class Format:
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
         }
+
+
+def _token_text(token_bytes: TokenBytes, token: common_pb2.TokenLogprob) -> str:
+    return token_bytes(token.token_id).decode("utf-8", "replace")
 
 
 def _text(output: Output) -> JsonObject:
@@ -102,9 +106,9 @@ def _message_delta(output: Output) -> JsonObject:
     return {"delta": {"role": "assistant", "content": output.text} if output.is_first else {"content": output.text}}
 
 
-def completion_logprobs(logprobs: Sequence[common_pb2.Logprobs], token_text: TokenText, first_char: int) -> JsonObject:
+def completion_logprobs(logprobs: Sequence[common_pb2.Logprobs], token_bytes: TokenBytes, first_char: int) -> JsonObject:
     """Column by column; a token's offset counts the characters of the tokens before it, each taken alone."""
-    tokens = [token_text(item.sampled.token_id) for item in logprobs]
+    tokens = [_token_text(token_bytes, item.sampled) for item in logprobs]
     offsets = [first_char]
     for token in tokens:
         offsets.append(offsets[-1] + len(token))
@@ -112,16 +116,18 @@ def completion_logprobs(logprobs: Sequence[common_pb2.Logprobs], token_text: Tok
         "text_offset": offsets[:-1],
         "tokens": tokens,
         "token_logprobs": [_finite(item.sampled.logprob) for item in logprobs],
-        "top_logprobs": [{token_text(token.token_id): _finite(token.logprob) for token in (item.sampled, *item.top)} for item in logprobs],
+        "top_logprobs": [
+            {_token_text(token_bytes, token): _finite(token.logprob) for token in (item.sampled, *item.top)} for item in logprobs
+        ],
     }
 
 
-def chat_logprobs(logprobs: Sequence[common_pb2.Logprobs], token_text: TokenText, first_char: int) -> JsonObject:
+def chat_logprobs(logprobs: Sequence[common_pb2.Logprobs], token_bytes: TokenBytes, first_char: int) -> JsonObject:
     """One object per token, with the best candidates inside."""
 
     def one(token: common_pb2.TokenLogprob) -> JsonObject:
-        text = token_text(token.token_id)
-        return {"token": text, "logprob": _finite(token.logprob), "bytes": list(text.encode())}
+        text = _token_text(token_bytes, token)
+        return {"token": text, "logprob": _finite(token.logprob), "bytes": list(token_bytes(token.token_id))}
 
     return {"content": [{**one(item.sampled), "top_logprobs": [one(token) for token in item.top]} for item in logprobs]}
 

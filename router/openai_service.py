@@ -13,6 +13,7 @@ from aiohttp import web
 
 from router.event_stream import EventStream
 from router.frontend import Frontend
+from router.http_body import HttpBodies
 from router.http_calls import HTTP_CALL, HttpCalls
 from router.openai_answer import Answer, Changed, PromptCall
 from router.openai_request import Hints, OpenAiRequest, read_chat, read_completion, read_hints
@@ -24,7 +25,6 @@ from tandem.domain import ModelId
 from tandem.errors import NotFoundError, Reason
 from tandem.v1 import inference_pb2
 
-_BODY_S = 60.0
 _LATE_S = 0.5  # core and workers end a request at its deadline and say in which stage; this long after, its call ends whatever they do
 
 
@@ -36,6 +36,7 @@ class OpenAiService:
         self._frontend = frontend
         self._tokenizers = tokenizers
         self._calls = calls
+        self._bodies = HttpBodies()
         self._created = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -74,7 +75,7 @@ class OpenAiService:
         hints = read_hints(request.headers, request[HTTP_CALL].request_id)
         deadline = Deadline(hints.timeout_s)
         async with self._calls.limit(None if hints.timeout_s is None else hints.timeout_s + _LATE_S):
-            wanted = read(await _read_json(request), hints)
+            wanted = await self._bodies.parse(request, lambda body: read(body, hints))
             if wanted.is_stream:
                 return await self._stream(request, form, wanted, hints, deadline)
             answer = self._answer(form, wanted, hints, deadline)
@@ -123,17 +124,6 @@ class OpenAiService:
 
     async def _generate(self, message: inference_pb2.GenerateRequest, call: PromptCall) -> None:
         call.receipt = await self._frontend.generate(message, call)
-
-
-async def _read_json(request: web.Request) -> bytes:
-    """The body's bytes. Raises aiohttp's errors where it is not JSON by its type, too large, or does not come."""
-    if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(text="the content type must be application/json")
-    try:
-        async with asyncio.timeout(_BODY_S):
-            return await request.read()
-    except TimeoutError as error:
-        raise web.HTTPRequestTimeout(text=f"the body did not come within {_BODY_S:g} s") from error
 
 
 def _json(value: JsonObject) -> web.Response:

@@ -3,6 +3,8 @@
 Must not change anything it reads: fleet, ledger, prefix index and predictor belong to the core.
 """
 
+from collections.abc import Sequence
+
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.ledger import Ledger
@@ -43,7 +45,7 @@ class Planner:
         )
         cached_blocks = self._prefixes.match(tracked.block_hashes)
 
-        def candidates(leases: list[Lease]) -> list[Candidate]:
+        def candidates(leases: Sequence[Lease]) -> list[Candidate]:
             return [
                 Candidate(
                     lease=lease,
@@ -72,7 +74,7 @@ def make_plan(tracked: Tracked, placement: Placement, config: RouterConfig, *, p
     )
 
 
-def _fresh(tracked: Tracked, leases: list[Lease]) -> list[Lease]:
+def _fresh(tracked: Tracked, leases: Sequence[Lease]) -> list[Lease]:
     return [lease for lease in leases if (lease.replica_id, lease.incarnation) not in tracked.avoid]
 
 

@@ -17,6 +17,7 @@ from tandem.membership import REFILL_S, Member, MemberKind, Register, Snapshot
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+_AT_ZERO = "it is scaled to zero and is not started on demand"
 
 
 class Follower(Protocol):
@@ -60,7 +61,8 @@ class RegisterView:
             generation=snapshot.generation, members=members, models=models, targets=snapshot.targets or self.snapshot.targets
         )
         self._workers.follow([member.address for member in self.of(MemberKind.REPLICA) if member.address])
-        self._shell.models_held([model.model for model in models if model.is_held])
+        refused = {model.model: model.error or _AT_ZERO for model in models if model.error or not model.is_held}
+        self._shell.models_held([model.model for model in models if model.is_held], refused)
 
     def of(self, kind: MemberKind) -> list[Member]:
         """The members of one kind, by id."""

@@ -3,17 +3,14 @@
 Must not route. Raises InvalidRequestError naming the field.
 """
 
-import asyncio
 import uuid
 
-from kv_transfer.blocks import block_hashes
 from router.tokenizer import Tokenizers
 from tandem.convert import sampling_from_pb, slo_from_pb
-from tandem.domain import MAX_REQUEST_ID_CHARS, BlockHash, Lease, Request, RequestId
+from tandem.domain import MAX_REQUEST_ID_CHARS, EngineInfo, Lease, Request, RequestId, check_prompt_tokens
 from tandem.errors import InvalidRequestError
+from tandem.generate_request import check_messages
 from tandem.v1 import inference_pb2
-
-_SLICE_BLOCKS = 64  # about 0.3 ms of hashing between two turns of the event loop
 
 
 async def read_request(message: inference_pb2.GenerateRequest, lease: Lease, tokenizers: Tokenizers) -> Request:
@@ -23,6 +20,7 @@ async def read_request(message: inference_pb2.GenerateRequest, lease: Lease, tok
         raise InvalidRequestError(
             "first_position", f"must be the number of resumed tokens, {len(message.resume_token_ids)}, got {message.first_position}"
         )
+    _check_lengths(message, lease.engine)
     request = Request(
         request_id=request_id,
         model=lease.model,
@@ -41,16 +39,14 @@ async def read_request(message: inference_pb2.GenerateRequest, lease: Lease, tok
     return request
 
 
-async def hash_prompt(request: Request, block_size_tokens: int) -> list[BlockHash]:
-    """Hashes of the prompt's full blocks, in slices that let the event loop turn."""
-    hashes: list[BlockHash] = []
-    step_tokens = _SLICE_BLOCKS * block_size_tokens
-    for start in range(0, len(request.prompt_token_ids), step_tokens):
-        token_ids = request.prompt_token_ids[start : start + step_tokens]
-        hashes += block_hashes(token_ids, block_size_tokens, request.cache_salt, parent=hashes[-1] if hashes else None)
-        if len(token_ids) == step_tokens:
-            await asyncio.sleep(0)
-    return hashes
+def _check_lengths(message: inference_pb2.GenerateRequest, engine: EngineInfo) -> None:
+    """Refuses what is far too long before anything is made of it."""
+    check_messages("prompt.chat", len(message.chat.messages))
+    check_prompt_tokens(len(message.token_ids.ids), engine.context_tokens)
+    if len(message.resume_token_ids) >= engine.context_tokens:
+        raise InvalidRequestError(
+            "resume_token_ids", f"{len(message.resume_token_ids)} tokens are no output in a context of {engine.context_tokens} tokens"
+        )
 
 
 def _read_request_id(text: str) -> RequestId:

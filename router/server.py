@@ -102,7 +102,7 @@ class ControlService:
             cluster=config.cluster,
             router_id=config.router_id,
             replicas=replicas,
-            queued_requests=core.queued_requests,
+            queued_requests=self._shell.queued_requests,
             running_requests=core.running_requests,
             targets=[] if self._view is None else [_target_to_pb(target) for target in self._view.snapshot.targets],
             queues=[

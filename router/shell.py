@@ -5,24 +5,26 @@ Must not decide: every choice is the core's. Belongs to one event loop.
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.instructions import Abandon, Dispatch, Instruction, Reject
-from router.ledger import Stamp
 from router.ticket import Ticket
 from tandem.deadline import Deadline
-from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, WorkerLoad
+from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, Stamp, WorkerLoad
 from tandem.errors import OverloadedError, TandemError
 from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)
 
+_TURNED_AWAY_S = 5.0  # several observations of the autoscaler
 _IDLE_TICK_S = 0.25  # nothing waits for the tick then but gauges; a deadline that begins meanwhile is noticed this much later
 
 
@@ -44,28 +46,45 @@ class RouterShell:
         self.metrics = metrics
         self.clock = clock
         self._tickets: dict[RequestId, Ticket] = {}
-        self._calls = 0
+        self._calls: Counter[ModelId | None] = Counter()
         self._held: Counter[ModelId] = Counter()
+        self._turned_away_s: dict[ModelId, float] = {}  # when a request was last refused because the model's replicas do not start
         self._requests_total: Counter[ModelId] = Counter()
         self._models_changed = asyncio.Event()
         self.on_demand: Callable[[], None] = lambda: None  # called where a request waits for a replica that is still to be started
 
+    @property
+    def queued_requests(self) -> int:
+        """Requests that wait: in the core, and those held for a model of which no replica was ever seen."""
+        return self.core.queued_requests + self._held.total()
+
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Counts a call, from before its tokenisation. Raises OverloadedError where more are here than may wait and run."""
+    def call(self, model: str) -> Iterator[None]:
+        """Counts a call for `model` ("": the only one), from before its tokenisation; names that are not known share one count.
+
+        Raises OverloadedError where more are here than may wait and run.
+        """
+        named = self.core.fleet.named(model)
         limit = self.config.max_queued_requests + self.config.max_running_requests
-        if self._calls >= limit:
-            raise OverloadedError(f"{self._calls} calls are being served, the limit is {limit}", retry_after_s=self.core.retry_after_s())
-        self._calls += 1
+        if self._calls[named] >= limit:
+            kind = "unknown models" if named is None else f"model {named!r}"
+            raise OverloadedError(
+                f"{self._calls[named]} calls for {kind} are being served, the limit is {limit}",
+                retry_after_s=self.core.retry_after_s(named),
+            )
+        self._calls[named] += 1
         try:
             yield
         finally:
-            self._calls -= 1
+            self._calls[named] -= 1
+            if not self._calls[named]:
+                del self._calls[named]
 
     async def lease_for(self, model: str, deadline: Deadline) -> Lease:
         """How to read requests for `model`; waits a bounded time for the first word of any model, and for the first replica of this one.
 
-        Raises DeadlineError, and UnavailableError, NotFoundError or InvalidRequestError naming the models.
+        Raises DeadlineError, and UnavailableError (with the reason where no replica will come), NotFoundError or InvalidRequestError
+        naming the models.
         """
         fleet = self.core.fleet
         await self._wait_while(lambda: not fleet.models, self.config.no_replica_wait_s, deadline)
@@ -77,6 +96,10 @@ class RouterShell:
                 await self._wait_while(lambda: fleet.awaited(model) is not None, self.config.cold_start_wait_s, deadline)
             finally:
                 self._held[held] -= 1
+        named = fleet.named(model)
+        if named is not None and fleet.is_held(named) and fleet.refusal(named) is not None:
+            self._turned_away_s[named] = self.clock()
+            self.on_demand()
         return fleet.lease_for(model)
 
     async def _wait_while(self, is_missing: Callable[[], bool], wait_s: float, deadline: Deadline) -> None:
@@ -92,16 +115,21 @@ class RouterShell:
             deadline.remaining_s("waiting for the first worker")
 
     def demand(self) -> dict[ModelId, Demand]:
-        """By model, those nothing waits for too: what waits here for a replica, and all that was ever submitted."""
-        work = self.core.waiting_work()
-        return {
-            model: Demand(
-                queued_requests=work.get(model, (0, 0.0))[0] + self._held[model],
-                queued_work_s=work.get(model, (0, 0.0))[1],
+        """By model, those nothing waits for too: what waits here for a replica, and all that was ever submitted.
+
+        A request that was just refused because the model's replicas do not start counts as one that waits: the next try is for it.
+        """
+        work, now_s = self.core.waiting_work(), self.clock()
+        demand = {}
+        for model in self.core.fleet.models:
+            requests, work_s = work.get(model, (0, 0.0))
+            is_wanted = now_s - self._turned_away_s.get(model, -math.inf) < _TURNED_AWAY_S
+            demand[model] = Demand(
+                queued_requests=requests + self._held[model] + is_wanted,
+                queued_work_s=work_s,
                 requests_total=self._requests_total[model],
             )
-            for model in self.core.fleet.models
-        }
+        return demand
 
     def submit(self, request: Request, block_hashes: Sequence[BlockHash], deadline: Deadline) -> Ticket:
         """Hands the request to the core; close the ticket. Raises DeadlineError, InvalidRequestError for an id in use."""
@@ -141,9 +169,9 @@ class RouterShell:
         self._carry_out(self.core.replica_seen(lease, self.clock()))
         self._tell_models_changed()
 
-    def models_held(self, models: Sequence[ModelId]) -> None:
-        """The register's models: their requests may wait for a replica to be started."""
-        self.core.models_held(models)
+    def models_held(self, models: Sequence[ModelId], refused: Mapping[ModelId, str] = MappingProxyType({})) -> None:
+        """The register's models: requests may wait for a replica of `models` to be started, and need not wait for those `refused`."""
+        self.core.models_held(models, refused)
         self._tell_models_changed()
 
     def _tell_models_changed(self) -> None:
@@ -177,7 +205,7 @@ class RouterShell:
             self._refresh_gauges()
 
     def _refresh_gauges(self) -> None:
-        self.metrics.queued_requests.set(self.core.queued_requests)
+        self.metrics.queued_requests.set(self.queued_requests)
         self.metrics.running_requests.set(self.core.running_requests)
         roles = [lease.role for lease in self.core.fleet.leases]
         for role in Role:

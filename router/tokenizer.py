@@ -4,36 +4,38 @@ Must not block the event loop: files are read and long texts encoded in a thread
 """
 
 import asyncio
-import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from router.chat_template import ChatMessage, ChatTemplate
+from router.token_bytes import token_bytes_of
 from tandem.errors import ConfigError, InvalidRequestError, Reason
 
 MAX_TOKENIZERS = 16
+_MESSAGE_CHARS = 200  # what a chat message costs the template besides its text, as characters to encode
 _LONG_TEXT_CHARS = 2_000  # about 0.4 ms to encode; above, a thread costs less than the loop's delay
-
-ChatMessage = Mapping[str, str]  # role and content
 
 
 class PromptTokenizer:
-    """One model's tokenizer; the same ids as vLLM makes of the same prompt."""
+    """One model's tokenizer; the same ids as vLLM makes of the same prompt.
 
-    def __init__(self, tokenizer: Tokenizer, template: Template | None, special_tokens: Mapping[str, str]) -> None:
+    `template` may be the error that chats end with: text and token ids need none. `token_bytes` gives one token alone as bytes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | ConfigError | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._special_tokens = special_tokens
+        self.token_bytes = token_bytes_of(tokenizer)
 
     @classmethod
     def load(cls, model_path: str) -> "PromptTokenizer":
-        """Reads a model folder, or the hub's files of that name; blocks. Raises ConfigError saying what is missing."""
+        """Reads a model folder, or the hub's files of that name; blocks.
+
+        Raises ConfigError saying what is missing; a chat template that cannot be read is an error of chats only.
+        """
         tokenizer_file = _find(model_path, "tokenizer.json")
         if tokenizer_file is None:
             raise ConfigError(f"model {model_path!r} has no tokenizer.json: send token ids instead of text", reason=Reason.BAD_MODEL)
@@ -44,10 +46,11 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         settings_file, template_file = _find(model_path, "tokenizer_config.json"), _find(model_path, "chat_template.jinja")
-        settings = {} if settings_file is None else json.loads(settings_file.read_text("utf-8"))
-        source = template_file.read_text("utf-8") if template_file is not None else _template_in(settings)
-        template = None if source is None else _environment().from_string(source)
-        return cls(tokenizer, template, _special_tokens(settings))
+        try:
+            template = ChatTemplate.compile(_content(settings_file), _content(template_file))
+        except ConfigError as error:
+            return cls(tokenizer, error)
+        return cls(tokenizer, template)
 
     async def encode_text(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain prompt, with the tokenizer's own special tokens."""
@@ -56,16 +59,14 @@ class PromptTokenizer:
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Token ids of a conversation by the chat template, which writes the special tokens itself.
 
-        Raises InvalidRequestError where there is no template or it refuses the messages.
+        Raises InvalidRequestError where there is no template or it refuses the messages, ConfigError where it cannot be read.
         """
+        if isinstance(self._template, ConfigError):
+            raise ConfigError(self._template.message, reason=self._template.reason)
         if self._template is None:
             raise InvalidRequestError("prompt.chat", "the model has no chat template: send text or token ids")
-        return await self._run(sum(len(message["content"]) for message in messages), self._encode_chat, messages)
-
-    def token_text(self, token_id: int) -> str:
-        """One token alone as text, special tokens by their names; U+FFFD where it is part of a character."""
-        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text
+        size_chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
+        return await self._run(size_chars, self._encode_chat, self._template, messages)
 
     async def _run(self, size_chars: int, function: Any, *arguments: Any) -> tuple[int, ...]:
         if size_chars > _LONG_TEXT_CHARS:
@@ -77,13 +78,8 @@ class PromptTokenizer:
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def _encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        assert self._template is not None
-        try:
-            text = self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequestError("prompt.chat", f"the model's chat template refuses the messages ({error})") from error
-        return self._encode(text, False)
+    def _encode_chat(self, template: ChatTemplate, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        return self._encode(template.render(messages), False)
 
 
 class Tokenizers:
@@ -101,6 +97,15 @@ class Tokenizers:
         if len(self._loads) > MAX_TOKENIZERS:
             del self._loads[next(iter(self._loads))]
         return await asyncio.shield(load)
+
+
+def _content(file: Path | None) -> bytes | None:
+    if file is None:
+        return None
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file.name} of the model cannot be read ({error})", reason=Reason.BAD_MODEL) from error
 
 
 def _find(model_path: str, name: str) -> Path | None:
@@ -125,38 +130,3 @@ def _find(model_path: str, name: str) -> Path | None:
         return None
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ConfigError(f"{name} of model {model_path!r} cannot be fetched ({error})", reason=Reason.BAD_MODEL) from error
-
-
-def _template_in(settings: Mapping[str, Any]) -> str | None:
-    """The template in tokenizer_config.json: a string, or a list of named ones of which "default" is meant."""
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        return next((str(item["template"]) for item in template if item.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
-        value = settings.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            tokens[name] = content
-    return tokens
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What templates written for transformers expect, and no more."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = time.strftime
-    return environment
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)

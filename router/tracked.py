@@ -23,7 +23,6 @@ class Tracked:
     block_hashes: Sequence[BlockHash]
     deadline_s: float | None
     predicted_queue_s: float
-    queued_since_s: float
     attempts_before: int = 0  # of earlier requests of the same id, whose stamps may still come
     attempt: int = 0  # 0: none yet
     output_tokens: int = 0  # sent by this router, resumed ones not included

@@ -13,10 +13,9 @@ from random import Random
 
 import grpc.aio
 
-from router.ledger import Stamp, StampKind
 from router.shell import RouterShell
 from tandem.convert import lease_from_pb, load_from_pb
-from tandem.domain import Lease, PlannedWorker, ReplicaState, RequestId
+from tandem.domain import Lease, PlannedWorker, ReplicaState, RequestId, Stamp, StampKind
 from tandem.errors import ProtocolError, Reason, TandemError, UnavailableError
 from tandem.rpc import ResponseStream, open_channel, open_stream, parse_answer
 from tandem.v1 import worker_pb2
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _WATCH = "tandem.v1.Worker/Watch"
 _RECONNECT_MIN_S = 0.1
-_SILENCE_SLICES = 10
+_SILENCE_SLICES = 3
 _STAMP_KINDS = {
     worker_pb2.RequestStamp.KIND_ACCEPTED: StampKind.ACCEPTED,
     worker_pb2.RequestStamp.KIND_FINISHED: StampKind.FINISHED,

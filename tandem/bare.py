@@ -17,7 +17,7 @@ from tandem.endpoint import endpoint_folder, remove_endpoint_file, write_endpoin
 from tandem.engine.environment import has_cuda, require_vllm
 from tandem.engine.model_files import BUNDLED_MODEL, resolve_model, served_name
 from tandem.errors import ConfigError
-from tandem.launch import ReplicaProcess, remove_folder, spawn_replica, start_program, stop_process
+from tandem.launch import ReplicaProcess, last_words, remove_folder, spawn_replica, start_program, stop_process
 from tandem.supervisor import ReplicaSupervisor
 from tandem.tether import hold
 from tandem.zygote_client import ZygoteClient, zygote_command, zygote_environment
@@ -131,7 +131,7 @@ class BarePlatform:
                 start_new_session=True,
             )
         if not await ZygoteClient(self._zygote_socket).wait_ready():
-            raise ConfigError(f"the zygote did not start; its log is {self.runtime_dir / 'zygote.log'}")
+            raise ConfigError(f"the zygote did not start: {last_words(self.runtime_dir / 'zygote.log')}")
 
     async def _start_router(self) -> None:
         workers = [f"--worker={replica.address}" for replica in self.replicas.values()]

@@ -3,6 +3,7 @@
 Finds processes by a variable in their environment, so that none is missed, whoever started it. Needs no living part of the cluster.
 """
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -10,15 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tandem.cluster_config import cluster_config_from_json
+from tandem.cluster_config import ClusterConfig, cluster_config_from_json
 from tandem.endpoint import remove_endpoint_file
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, TandemError
 from tandem.launch import remove_folder
 from tandem.node_folder import cluster_folder, ray_folder, shm_folder
 from tandem.parenthood import REPLICA_NAME
+from tandem.redis_register import RedisRegister
 
 # Set for what `tandem up` starts, inherited by all of it, and by nothing else.
 MEMBER_OF = "TANDEM_MEMBER_OF"
@@ -82,29 +84,57 @@ def _kind(command: str, entry: Path) -> str:
 
 def clean_cluster(cluster: str) -> None:
     """Returns when no process of it lives and no file is left. Takes a few seconds where streams still run."""
-    _stop_foreign_actors(cluster)
-    _end([process for process in processes_of(cluster) if process.kind == "autoscaler"], _POLL_S)
+    _end([process for process in processes_of(cluster) if process.kind == "autoscaler"], _POLL_S)  # it would replace what ends
+    config = _config_of(cluster)
+    if config is not None and config.ray_address:
+        _stop_foreign_actors(config)
     _end([process for process in processes_of(cluster) if process.kind == "router"], _ROUTER_GRACE_S)
     # An engine core ends with its replica, which lets its streams end first.
     _end([process for process in processes_of(cluster) if process.kind not in ("engine_core", "guard")], _GRACE_S)
     while left := [process for process in processes_of(cluster) if process.kind != "guard"]:
         _signal(left, signal.SIGKILL)
         time.sleep(_POLL_S)
+    if config is not None and config.redis_url:
+        _forget(config)
     remove_endpoint_file(cluster)
     remove_folder(cluster_folder(cluster))
     remove_folder(shm_folder(cluster))
     remove_folder(ray_folder(cluster))
 
 
-def _stop_foreign_actors(cluster: str) -> None:
+def end_ray(cluster: str) -> None:
+    """Kills what is left of a Ray head of the cluster's own, and waits until it is gone."""
+    while left := [process for process in processes_of(cluster) if process.kind in ("gcs", "raylet", "ray")]:
+        _signal(left, signal.SIGKILL)
+        time.sleep(_POLL_S)
+
+
+def _config_of(cluster: str) -> ClusterConfig | None:
+    with contextlib.suppress(OSError, ConfigError):
+        return cluster_config_from_json((cluster_folder(cluster) / CONFIG_FILE).read_text())
+    return None
+
+
+def _stop_foreign_actors(config: ClusterConfig) -> None:
     """Where Ray is not the cluster's own, its actors must be asked to go; what cannot be reached is left to their owner."""
-    path = cluster_folder(cluster) / CONFIG_FILE
-    with contextlib.suppress(OSError, ValueError, ConfigError, subprocess.TimeoutExpired):
-        text = path.read_text()
-        config = cluster_config_from_json(text)
-        if config.ray_address:
-            command = [sys.executable, "-m", "autoscaler", "--stop-all", f"--config-json={text}", f"--ray-address={config.ray_address}"]
-            subprocess.run([*command, "--redis-url="], timeout=_STOP_ALL_S, check=False, capture_output=True)
+    command = [sys.executable, "-m", "autoscaler", "--stop-all", f"--ray-address={config.ray_address}"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        told = f"--config-json={replace(config, redis_url='').to_json()}"
+        subprocess.run([*command, told], timeout=_STOP_ALL_S, check=False, capture_output=True)
+
+
+def _forget(config: ClusterConfig) -> None:
+    """Leaves nothing of the cluster in a Redis that is not its own; what does not answer is left."""
+
+    async def forget() -> None:
+        register = RedisRegister(config.redis_url, config.cluster)
+        try:
+            await register.erase()
+        finally:
+            await register.close()
+
+    with contextlib.suppress(TandemError):
+        asyncio.run(forget())
 
 
 def _end(processes: Iterable[ClusterProcess], grace_s: float) -> None:

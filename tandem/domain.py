@@ -195,12 +195,7 @@ class Request:
             check_token_ids(name, ids, engine.vocabulary_tokens)
         check_token_ids("sampling.stop_token_ids", self.sampling.stop_token_ids, engine.vocabulary_tokens)
         check_token_ids("sampling.logit_bias", tuple(self.sampling.logit_bias), engine.vocabulary_tokens)
-        if len(self.prompt_token_ids) >= engine.context_tokens:
-            raise InvalidRequestError(
-                "prompt",
-                f"{len(self.prompt_token_ids)} tokens leave no room for output in the context of {engine.context_tokens} tokens",
-                reason=Reason.PROMPT_TOO_LONG,
-            )
+        check_prompt_tokens(len(self.prompt_token_ids), engine.context_tokens)
         limit = self.max_output_tokens(engine)
         if self.sampling.max_tokens is not None and self.sampling.max_tokens > engine.context_tokens:
             raise InvalidRequestError(
@@ -215,6 +210,14 @@ class Request:
         """Output tokens this request may have in all, resumed ones included."""
         room = engine.context_tokens - len(self.prompt_token_ids)
         return room if self.sampling.max_tokens is None else min(self.sampling.max_tokens, room)
+
+
+def check_prompt_tokens(tokens: int, context_tokens: int) -> None:
+    """Raises InvalidRequestError where a prompt of so many tokens leaves no room for output."""
+    if tokens >= context_tokens:
+        raise InvalidRequestError(
+            "prompt", f"{tokens} tokens leave no room for output in the context of {context_tokens} tokens", reason=Reason.PROMPT_TOO_LONG
+        )
 
 
 def check_token_ids(field_name: str, token_ids: Sequence[int], vocabulary_tokens: int) -> None:
@@ -257,6 +260,22 @@ class Lease:
     state: ReplicaState = ReplicaState.READY
     metrics_address: str = ""
     store_address: str = ""
+
+
+class StampKind(StrEnum):
+    """What a replica says of one attempt at a request."""
+
+    ACCEPTED = "accepted"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """The totals of this report, and of later ones, include (ACCEPTED) or no longer include (FINISHED) the attempt."""
+
+    request_id: RequestId
+    attempt: int
+    kind: StampKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

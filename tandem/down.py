@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-import signal
 import time
-from pathlib import Path
+
+import psutil
 
 from tandem.cleanup import clean_cluster, processes_of
 from tandem.endpoint import known_clusters, read_endpoint_file
@@ -12,6 +12,7 @@ from tandem.errors import ConfigError, NotFoundError, Reason
 
 _STOP_S = 30.0
 _POLL_S = 0.1
+_SAME_START_S = 30.0  # a correction of the clock moves the start time of what runs; no pid comes round again so soon
 
 
 def choose_clusters(cluster: str | None, *, is_all: bool) -> list[str]:
@@ -30,31 +31,31 @@ def choose_clusters(cluster: str | None, *, is_all: bool) -> list[str]:
 
 def stop_cluster(cluster: str) -> None:
     """Ends its `tandem up` as Ctrl-C does, then whatever is left."""
-    pid = _pid_of_up(cluster)
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-            _wait_gone(pid)
+    process = try_up_process(cluster)
+    if process is not None:
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile, or ends too slowly
+            process.terminate()
+            process.wait(_STOP_S)
     deadline_s = time.monotonic() + _STOP_S
     while any(process.kind == "guard" for process in processes_of(cluster)) and time.monotonic() < deadline_s:
         time.sleep(_POLL_S)  # it is cleaning up
     clean_cluster(cluster)
 
 
-def _pid_of_up(cluster: str) -> int | None:
-    """The pid in the endpoint file, where it is still a `tandem` process of this user."""
-    pid = (read_endpoint_file(cluster) or {}).get("pid")
+def try_up_process(cluster: str) -> psutil.Process | None:
+    """The process in the endpoint file, where it still runs as this user; started then, where the file says when, else some `tandem`."""
+    endpoints = read_endpoint_file(cluster) or {}
+    pid, started = endpoints.get("pid"), endpoints.get("started")
     if not isinstance(pid, int) or pid <= 1:
         return None
-    with contextlib.suppress(OSError):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if b"tandem" in command and Path(f"/proc/{pid}").stat().st_uid == os.getuid():
-            return pid
-    return None
-
-
-def _wait_gone(pid: int) -> None:
-    deadline_s = time.monotonic() + _STOP_S
-    while time.monotonic() < deadline_s:
-        os.kill(pid, 0)
-        time.sleep(_POLL_S)
+    try:
+        process = psutil.Process(pid)
+        if process.uids().real != os.getuid():
+            return None
+        if isinstance(started, int | float):
+            is_it = abs(process.create_time() - started) < _SAME_START_S
+        else:
+            is_it = any("tandem" in part for part in process.cmdline())
+    except psutil.Error:
+        return None
+    return process if is_it else None

@@ -14,6 +14,8 @@ from tandem.errors import InvalidRequestError
 from tandem.v1 import common_pb2, inference_pb2
 from tandem.wire import build
 
+MAX_CHAT_MESSAGES = 4096  # templates take about 40 us for each, whatever it says
+_MAX_TIMEOUT_S = 1e8  # what gRPC's clock cannot hold would be over at once
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
@@ -95,10 +97,16 @@ def prepare_request(prompt: Prompt, options: GenerateOptions, default_timeout_s:
 
 
 def check_timeout_s(timeout_s: float | None) -> float | None:
-    """The time-out in seconds as it is; raises InvalidRequestError where it is no finite number above 0."""
+    """The time-out in seconds, three years at most; raises InvalidRequestError where it is no finite number above 0."""
     if timeout_s is not None and not (isinstance(timeout_s, int | float) and math.isfinite(timeout_s) and timeout_s > 0):
         raise InvalidRequestError("timeout_s", f"must be a finite number of seconds greater than 0, or None, got {timeout_s!r}")
-    return timeout_s
+    return None if timeout_s is None else min(timeout_s, _MAX_TIMEOUT_S)
+
+
+def check_messages(field: str, messages: int) -> None:
+    """Raises InvalidRequestError where a conversation has too many messages."""
+    if messages > MAX_CHAT_MESSAGES:
+        raise InvalidRequestError(field, f"must have at most {MAX_CHAT_MESSAGES} messages, got {messages}")
 
 
 def _sampling(given: dict[str, object]) -> Sampling:
@@ -144,6 +152,7 @@ def _prompt_field(prompt: Prompt) -> dict[str, object]:
     if not parts:
         raise InvalidRequestError("prompt", "must not be empty")
     if isinstance(parts[0], Mapping):
+        check_messages("prompt.chat", len(parts))
         return {"chat": build(inference_pb2.ChatMessages, "prompt.chat", messages=[_chat_message(part) for part in parts])}
     try:
         return {"token_ids": inference_pb2.TokenIds(ids=parts)}  # type: ignore[arg-type]  # checked by protobuf

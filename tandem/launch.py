@@ -6,11 +6,13 @@ Every process is known by pid and ended by whoever started it; nothing outlives 
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,12 +24,15 @@ from tandem.parenthood import die_with_parent
 _STOP_S = 10.0
 _PROGRAM_START_S = 60.0
 _REPLICA_START_S = 300.0
+_MAX_TAIL_BYTES = 1 << 16  # of a log: more than any traceback
+_MAX_WORDS_CHARACTERS = 300
+_TELLS_ERROR = re.compile(r"\b(\w*(Error|Exception)|ERROR|CRITICAL|FATAL)\b|Fatal|fatal")
 
 
 class ReplicaProcess:
     """One running replica: its lifeline and its pid. `exited` resolves when it is gone, for whatever reason.
 
-    `child` is the replica's process where it is this process's own child; the zygote reaps the others.
+    Make it before the replica can have written to its log.
     """
 
     def __init__(
@@ -35,14 +40,14 @@ class ReplicaProcess:
         config: ReplicaConfig,
         reader: asyncio.StreamReader,
         lifeline: asyncio.StreamWriter,
-        child: asyncio.subprocess.Process | None = None,
     ) -> None:
         self.config = config
         self.pid = 0
         self.address = ""
+        self._log_start_bytes = _size_bytes(config.log_path)
         self._reader = reader
         self._lifeline = lifeline
-        self._child = child
+        self._child: asyncio.subprocess.Process | None = None  # the zygote reaps the others
         self.exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def wait_ready(self) -> None:
@@ -51,38 +56,44 @@ class ReplicaProcess:
             async with asyncio.timeout(_REPLICA_START_S):
                 while line := (await self._reader.readline()).decode().strip():
                     word, _, rest = line.partition(" ")
-                    if word == "pid":
-                        self._watch(int(rest))
-                    elif word == "exit":
+                    if word == "exit":
                         break
-                    elif rest.startswith("failed"):
+                    if rest.startswith("failed"):
                         raise ConfigError(rest.removeprefix("failed "), reason=Reason.START_FAILED)
-                    elif rest.startswith("ready"):
+                    if rest.startswith("ready"):
                         self.address = dict(part.split("=") for part in rest.split()[1:])["address"]
                         return
         except TimeoutError as error:
-            raise ConfigError(
-                f"replica {self.config.replica_id} did not start in {_REPLICA_START_S:.0f} s", reason=Reason.START_FAILED
-            ) from error
-        where = f"; its log is {self.config.log_path}" if self.config.log_path else ""
-        raise ConfigError(f"replica {self.config.replica_id} ended while starting{where}", reason=Reason.START_FAILED)
+            raise ConfigError(self.told(f"did not start in {_REPLICA_START_S:.0f} s"), reason=Reason.START_FAILED) from error
+        raise ConfigError(self.told("ended while starting"), reason=Reason.START_FAILED)
 
-    def _watch(self, pid: int) -> None:
+    def told(self, event: str) -> str:
+        """A sentence about this replica with the last words of this life's log, which may be gone when it is read, and where that is."""
+        words = last_words(Path(self.config.log_path), self._log_start_bytes) if self.config.log_path else ""
+        where = f"; its log is {self.config.log_path}" if self.config.log_path else ""
+        return f"replica {self.config.replica_id} {event}{f': {words}' if words else ''}{where}"
+
+    def watch(self, pid: int, child: asyncio.subprocess.Process | None = None) -> None:
+        """Takes `pid` for the replica's; `exited` follows it from now on. `child` is its process where it is this process's own child."""
         self.pid = pid
+        self._child = child
         try:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
-            self.exited.set_result(None)
+            self._note_exit()
             return
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-            if not self.exited.done():
-                self.exited.set_result(None)
+            self._note_exit()
 
         loop.add_reader(descriptor, ended)
+
+    def _note_exit(self) -> None:
+        if not self.exited.done():
+            self.exited.set_result(None)
 
     async def stop(self) -> None:
         """Ends the replica: lifeline first, SIGKILL where that is not enough. Also closes the lifeline of a dead one; again is no harm."""
@@ -94,7 +105,10 @@ class ReplicaProcess:
                 async with asyncio.timeout(_STOP_S):
                     await asyncio.shield(self.exited)
             except TimeoutError:
-                os.kill(self.pid, signal.SIGKILL)
+                try:
+                    os.kill(self.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    self._note_exit()
                 await self.exited
         if self._child is not None:
             await self._child.wait()
@@ -102,27 +116,41 @@ class ReplicaProcess:
 
 
 async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
-    """Starts a replica in a fresh interpreter (CUDA, or no zygote); it must import everything first."""
+    """Starts a replica in a fresh interpreter (CUDA, or no zygote); it must import everything first. Raises ConfigError."""
     ours, theirs = socket.socketpair()
     environment = dict(os.environ)
     set_engine_environment(environment)
-    with theirs, _log(config.log_path) as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            f"{config.role}_workers",
-            f"--config-json={config.to_json()}",
-            f"--lifeline-fd={theirs.fileno()}",
-            pass_fds=(theirs.fileno(),),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-    replica = ReplicaProcess(config, *await asyncio.open_connection(sock=ours), child=process)
-    replica._watch(process.pid)
+    with theirs:
+        replica = ReplicaProcess(config, *await asyncio.open_connection(sock=ours))
+        try:
+            with _start_errors(f"replica {config.replica_id}"), _log(config.log_path) as log:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    f"{config.role}_workers",
+                    f"--config-json={config.to_json()}",
+                    f"--lifeline-fd={theirs.fileno()}",
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
+        except BaseException:
+            await replica.stop()
+            raise
+    replica.watch(process.pid, child=process)
     return replica
+
+
+@contextlib.contextmanager
+def _start_errors(name: str) -> Iterator[None]:
+    """ConfigError where a process cannot be made."""
+    try:
+        yield
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"{name} could not be started: {error}", reason=Reason.START_FAILED) from error
 
 
 @contextlib.contextmanager
@@ -146,12 +174,14 @@ async def stop_process(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-async def start_program(arguments: Sequence[str], log_path: Path, *, ready: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
+async def start_program(
+    arguments: Sequence[str], log_path: Path, *, ready: str, environment: Mapping[str, str] | None = None
+) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
     """Starts `python -m ...`, which dies with this process and logs to `log_path`; returns it once it has printed its line `ready`.
 
     The line's key=value parts come along ("router ready address=..."). Raises ConfigError with the program's own last line.
     """
-    with _log(str(log_path)) as log:
+    with _start_errors(arguments[0]), _log(str(log_path)) as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -160,6 +190,7 @@ async def start_program(arguments: Sequence[str], log_path: Path, *, ready: str)
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
             preexec_fn=die_with_parent,
         )
     assert process.stdout is not None
@@ -169,10 +200,14 @@ async def start_program(arguments: Sequence[str], log_path: Path, *, ready: str)
                 if line.startswith(ready):
                     return process, dict(part.split("=", 1) for part in line.split() if "=" in part)
             await process.wait()
+    except TimeoutError as error:
+        await stop_process(process)
+        message = f"{arguments[0]} did not start in {_PROGRAM_START_S:g} s: {tail(log_path)}"
+        raise ConfigError(message, reason=Reason.START_FAILED) from error
     except BaseException:
         await stop_process(process)
         raise
-    raise ConfigError(_tail(log_path).removeprefix(f"{arguments[0]}: "), reason=Reason.START_FAILED)
+    raise ConfigError(tail(log_path).removeprefix(f"{arguments[0]}: "), reason=Reason.START_FAILED)
 
 
 def check_port(host: str, port: int, flag: str = "--port") -> None:
@@ -184,9 +219,30 @@ def check_port(host: str, port: int, flag: str = "--port") -> None:
         raise ConfigError(message, reason=Reason.PORT_IN_USE) from error
 
 
-def _tail(path: Path) -> str:
+def tail(path: Path) -> str:
+    """The last line of a log."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1] if lines else "no log"
+
+
+def last_words(path: Path, start_bytes: int = 0) -> str:
+    """Of what a log holds from `start_bytes` on, the last line that tells of an error, else the last line; "" where there is none."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(start_bytes, log.seek(0, os.SEEK_END) - _MAX_TAIL_BYTES))
+            text = log.read(_MAX_TAIL_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if _TELLS_ERROR.search(line)]
+    return (telling or lines or [""])[-1][:_MAX_WORDS_CHARACTERS]
+
+
+def _size_bytes(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def remove_folder(path: Path) -> None:

@@ -14,6 +14,7 @@ from tandem.errors import ProtocolError
 
 LEASE_S = 3.0  # three renewals may be lost; a dead worker is noticed by its broken stream long before
 RENEW_S = LEASE_S / 4
+REGISTER_URL = "REDIS_URL"  # the register's address in each process's environment: a command line would show its password to all users
 REFILL_S = 2 * LEASE_S  # after a register came back empty: every living member has registered again by then
 
 

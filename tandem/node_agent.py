@@ -9,14 +9,17 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 
-from tandem.cluster_config import cluster_config_from_json
+from tandem.cluster_config import ClusterConfig, cluster_config_from_json
 from tandem.engine.environment import has_cuda
 from tandem.launch import remove_folder
+from tandem.membership import REGISTER_URL
+from tandem.network import advertised_host, is_loopback
 from tandem.node_folder import NodeFacts, NodeFolder
 from tandem.polling import poll_until
 from tandem.tether import GRACE_S, hold
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _RESTART_PAUSE_S = 0.2
 _MAX_PAUSE_S = 10.0
-_STORE_START_S = 20.0
+_STORE_START_S = 60.0  # it starts beside the zygote, which imports vLLM
 _STOP_S = 5.0
 _POLL_S = 0.05
 _DETACH = 'exec 3>&-; "$@" </dev/null >>"$TANDEM_LOG" 2>&1 & echo $!'
@@ -40,6 +43,7 @@ class Daemon:
     command: list[str]
     pid_file: Path
     log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def try_pid(self) -> int | None:
         """The pid where it runs."""
@@ -60,12 +64,15 @@ class Daemon:
             *self.command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            env={**zygote_environment(), "TANDEM_LOG": str(self.log)},
+            env={**zygote_environment(), **self.environment, "TANDEM_LOG": str(self.log)},
             start_new_session=True,
         )
         assert process.stdout is not None
-        pid = int(await process.stdout.readline())
+        answer = await process.stdout.readline()
         await process.wait()
+        if not answer:  # the shell could not fork
+            raise ChildProcessError(f"{self.name} could not be started")
+        pid = int(answer)
         self.pid_file.write_text(str(pid))
         return pid
 
@@ -88,11 +95,11 @@ class Daemon:
 class NodeAgent:
     """Keeps the daemons of node `node` alive."""
 
-    def __init__(self, cluster_json: str, node: str, host: str, redis_url: str) -> None:
+    def __init__(self, cluster_json: str, node: str, redis_url: str) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = cluster_config_from_json(cluster_json)
         self._folder = NodeFolder(self._config.cluster, node)
-        self._host = host
+        self._host = _host(self._config)
         self._redis_url = redis_url
         self._tether: int | None = None
         self._daemons: list[Daemon] = []
@@ -101,7 +108,7 @@ class NodeAgent:
 
     async def start(self) -> None:
         """Takes the node over and returns once its store service answers; the zygote may still be importing."""
-        if self._started is None:
+        if self._started is None or (self._started.done() and self._started.exception() is not None):
             self._started = asyncio.create_task(self._start(), name="start")
         await asyncio.shield(self._started)
 
@@ -121,17 +128,20 @@ class NodeAgent:
         await asyncio.Event().wait()
 
     async def _start(self) -> None:
+        """May be called again where it failed: what runs stays."""
         self._folder.make()
-        self._tether = await poll_until(lambda: hold(self._folder.tether), _POLL_S)  # a predecessor may just be dying
-        if not has_cuda():
-            self._keep(self._zygote())
-        store_dir = Path(self._config.store_dir) / self._folder.node if self._config.store_dir else self._folder.default_store_dir
         address_file = self._folder.path / "store.address"
-        self._keep(self._store(store_dir, address_file))
         async with asyncio.timeout(_STORE_START_S):
+            if self._tether is None:
+                self._tether = await poll_until(lambda: hold(self._folder.tether), _POLL_S)  # a predecessor may just be dying
+            store_dir = Path(self._config.store_dir) / self._folder.node if self._config.store_dir else self._folder.default_store_dir
+            if not self._keepers:
+                if not has_cuda():
+                    self._keep(self._zygote())
+                self._keep(self._store(store_dir, address_file))
             await poll_until(address_file.exists, _POLL_S)
-        facts = NodeFacts(node=self._folder.node, store_dir=str(store_dir), store_address=address_file.read_text().strip())
-        self._folder.write_facts(facts)
+        address = address_file.read_text().strip()
+        self._folder.write_facts(NodeFacts(node=self._folder.node, host=self._host, store_dir=str(store_dir), store_address=address))
 
     def _zygote(self) -> Daemon:
         command = zygote_command(self._folder.zygote_socket, self._folder.tether, grace_s=GRACE_S)
@@ -147,13 +157,26 @@ class NodeAgent:
             f"--address-file={address_file}",
             f"--tether={self._folder.tether}",
             f"--cluster={self._config.cluster}",
-            f"--redis-url={self._redis_url}",
         ]
-        return Daemon(name="store", command=command, pid_file=self._folder.path / "store.pid", log=self._folder.log("store"))
+        return Daemon(
+            name="store",
+            command=command,
+            pid_file=self._folder.path / "store.pid",
+            log=self._folder.log("store"),
+            environment={REGISTER_URL: self._redis_url},
+        )
 
     def _keep(self, daemon: Daemon) -> None:
         self._daemons.append(daemon)
         self._keepers.append(asyncio.create_task(_keep_alive(daemon), name=f"keep {daemon.name}"))
+
+
+def _host(config: ClusterConfig) -> str:
+    """Where this node's processes listen: on a Ray of many machines each has its own address."""
+    if config.ray_address and not is_loopback(config.host):
+        address: str = ray.util.get_node_ip_address()
+        return address
+    return advertised_host(config.host)
 
 
 async def _keep_alive(daemon: Daemon) -> None:

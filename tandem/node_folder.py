@@ -5,12 +5,13 @@ Two Ray nodes on one machine (a test) have two folders.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tandem.endpoint import endpoint_folder
 
 SHM = Path("/dev/shm")
+LOCAL_NODE = "local"  # the only node of a Ray that is the cluster's own: its daemons outlive a restart of Ray
 
 
 def cluster_folder(cluster: str) -> Path:
@@ -33,6 +34,7 @@ class NodeFacts:
     """What a node's agent found or made: where its replicas keep blocks and ask for those of other nodes."""
 
     node: str
+    host: str  # where its processes listen, and what others call them
     store_dir: str
     store_address: str
 
@@ -59,7 +61,7 @@ class NodeFolder:
     def write_facts(self, facts: NodeFacts) -> None:
         """Leaves them for the node's replicas, in one step."""
         temporary = self._facts.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"node": facts.node, "store_dir": facts.store_dir, "store_address": facts.store_address}))
+        temporary.write_text(json.dumps(asdict(facts)))
         os.replace(temporary, self._facts)
 
     def try_read_facts(self) -> NodeFacts | None:

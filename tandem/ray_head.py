@@ -9,29 +9,34 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-_POLL_S = 0.5  # how late the death of one of Ray's processes is noticed
+from tandem.network import is_loopback
+
 OBJECT_STORE_BYTES = 100_000_000  # nothing of ours goes through it, and it shares /dev/shm with the KV blocks
 
 
 def set_ray_environment(environment: "os._Environ[str] | dict[str, str]", host: str) -> None:
     """What every process of Ray needs before it imports ray. On loopback Ray listens nowhere else (reference: platform, section 0)."""
-    if host.startswith("127.") or host == "localhost":
+    if is_loopback(host):
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    environment["SPT_NOENV"] = "1"  # Ray's processes rename themselves, and their environment must stay: by it they are found
     environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment.setdefault("RAY_num_workers_soft_limit", "1")  # of idle workers, 45 MiB each
 
 
 def main() -> None:
-    """Starts the head and stays until told."""
+    """Starts the head, then watches it."""
     parser = argparse.ArgumentParser(prog="python -m tandem.ray_head")
     parser.add_argument("--temp-dir", type=Path, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--num-cpus", type=float, default=None)
     args = parser.parse_args()
     set_ray_environment(os.environ, args.host)
-    # No public call starts a head without the dashboard's 80 MiB process; Ray's own ray.cluster_utils uses these classes too.
+    # No public call starts a head without the dashboard's process of 80 MiB; Ray's own ray.cluster_utils uses these classes too.
+    from ray._private import services
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
@@ -39,6 +44,12 @@ def main() -> None:
         def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
             self._webui_url = None
 
+    start_process = services.start_ray_process
+
+    def start_small(command: list[str], *arguments: Any, **options: Any) -> Any:
+        return start_process([_small(part) for part in command], *arguments, **options)
+
+    services.start_ray_process = start_small
     parameters = RayParams(
         node_ip_address=args.host,
         num_cpus=args.num_cpus,
@@ -55,13 +66,38 @@ def main() -> None:
     )
     # With spawn_reaper the kernel kills Ray's processes when this one dies.
     node = Head(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"ray ready address={node.gcs_address}", flush=True)
+    processes = [info.process for kind in node.all_processes.values() for info in kind]
+    for process in processes:
+        if process.stdin is not None:
+            os.set_inheritable(process.stdin.fileno(), True)  # its end would be the process's
+    # The same process without the 50 MiB of Ray: its children stay its children.
+    os.execv(sys.executable, [sys.executable, "-m", "tandem.ray_head", "--watch", *(str(process.pid) for process in processes)])
+
+
+def watch(pids: Sequence[int]) -> None:
+    """Until SIGTERM, the end of stdin or the death of one of Ray's processes; then kills them all."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    poll = select.poll()
+    for descriptor in (sys.stdin.fileno(), *map(os.pidfd_open, pids)):
+        poll.register(descriptor, select.POLLIN)
     with contextlib.suppress(KeyboardInterrupt):
-        while not select.select([sys.stdin], [], [], _POLL_S)[0] and not node.dead_processes():
-            pass
-    node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        poll.poll()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def _small(part: str) -> str:
+    """Raylet ends without its agent of the dashboard, so that one is started without what it would show."""
+    return f"{part} --minimal" if part.startswith("--dashboard_agent_command=") else part
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--watch"]:
+        watch([int(pid) for pid in sys.argv[2:]])
+    else:
+        main()

@@ -116,6 +116,11 @@ class RedisRegister:
             found.append(ReplicaTarget(model=ModelId(model), role=Role(role), replicas=int(replicas), expires_in_s=left_s))
         return tuple(sorted(found, key=lambda target: (target.model, target.role)))
 
+    async def erase(self) -> None:
+        """Removes everything of the cluster: before it starts and after it has ended, in a server that outlives it."""
+        keys = self._keys("members", "generation", "published", "leader", "epoch", "manual")
+        await self._link.run(scripts.ERASE, keys, [self._key("lease:"), self._key("fence:")])
+
     async def nudge(self) -> None:
         """Wakes the leader: there is demand."""
         await self._link.run(scripts.NUDGE, (), [self._key("nudges")])

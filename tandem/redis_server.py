@@ -53,6 +53,7 @@ def redis_arguments(socket_path: Path, folder: Path) -> list[str]:
         "maxmemory-policy": "noeviction",  # a lease that is evicted is a replica that is lost
         "daemonize": "no",
         "databases": "1",
+        "hz": "1",  # of its housekeeping: nothing here waits for it, for a lease that ran out is never answered
         "set-proc-title": "no",  # it would be written over the environment, by which `tandem down` finds the process
     }
     return [part for name, value in settings.items() for part in (f"--{name}", value)]

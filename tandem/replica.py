@@ -29,6 +29,8 @@ from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import resolve_model
 from tandem.errors import ConfigError
 from tandem.faults import Faults
+from tandem.heap import trim_heap
+from tandem.lifeline import stop_at_end
 from tandem.membership import Member, MemberKind, Register
 from tandem.registrar import Registrar
 from tandem.rpc import ServerCall, service, start_server
@@ -40,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 # Changes within this time travel in one message: the tokens that caused them have the processor first.
 _WATCH_MIN_S = 0.02
-# Nothing runs, so nothing changes unsaid: a sign of life, four of them in a router's watch_silence_s.
-_WATCH_IDLE_S = 0.5
+# Nothing runs, so nothing changes unsaid: a sign of life. Each costs a router and a replica 0.1 % of a core.
+_WATCH_IDLE_S = 1.0
 _LEASE_POLL_S = 3600.0  # the lease tells when it changes
 _STAMP_KINDS = {
     StampKind.ACCEPTED: worker_pb2.RequestStamp.KIND_ACCEPTED,
@@ -137,8 +139,9 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if lifeline_fd is not None:
-        loop.add_reader(lifeline_fd, _stop_at_end, lifeline_fd, stop)
+        stop_at_end(lifeline_fd, stop)
     engine.start()
+    trim_heap()
     channels = ChannelPool()
     lease = Lease(
         replica_id=ReplicaId(config.replica_id),
@@ -168,6 +171,13 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     state.set_addresses(f"{advertised}:{server.port}", f"{advertised}:{metrics_server.server_port}")
     _report(f"replica ready id={config.replica_id} role={config.role} address={state.lease.address}", lifeline_fd)
     registration = asyncio.create_task(_stay_registered(config, state, stop), name="registration")
+
+    def registration_ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:  # a replica without a lease would go on, unseen
+            logger.error("registration_died replica_id=%s error=%r", config.replica_id, error, exc_info=error)
+            stop.set()
+
+    registration.add_done_callback(registration_ended)
     try:
         await stop.wait()
         registration.cancel()
@@ -215,16 +225,6 @@ def _member(lease: Lease) -> Member:
         namespace=lease.namespace,
         state=lease.state,
     )
-
-
-def _stop_at_end(lifeline_fd: int, stop: asyncio.Event) -> None:
-    try:
-        has_ended = not os.read(lifeline_fd, 4096)
-    except ConnectionError:
-        has_ended = True
-    if has_ended:
-        asyncio.get_running_loop().remove_reader(lifeline_fd)
-        stop.set()
 
 
 def _report(line: str, lifeline_fd: int | None) -> None:

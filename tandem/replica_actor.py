@@ -23,10 +23,10 @@ _POLL_S = 0.05
 class ReplicaActor:
     """Supervises one replica. Every method may be called again, by the next leader too."""
 
-    def __init__(self, config_json: str, *, node: str) -> None:
+    def __init__(self, config_json: str, *, ray_node: str) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = replica_config_from_json(config_json)
-        self._folder = NodeFolder(self._config.cluster, node)
+        self._folder = NodeFolder(self._config.cluster, self._config.node or ray_node)
         self._supervisor: ReplicaSupervisor | None = None
         self._started: asyncio.Task[None] | None = None
 
@@ -58,6 +58,7 @@ def _complete(config: ReplicaConfig, folder: NodeFolder, facts: NodeFacts) -> Re
     return replace(
         config,
         node=facts.node,
+        host=facts.host,
         runtime_dir=str(folder.path),
         log_path=str(folder.log(config.replica_id)),
         store_address=facts.store_address,

@@ -39,6 +39,7 @@ M = TypeVar("M", bound=Message)
 MAX_MESSAGE_BYTES = 16 * 2**20
 RECEIPT_KEY = "tandem-receipt-bin"
 _SHUTDOWN_GRACE_S = 2.0
+_MAX_TIMEOUT_S = 1e8  # about three years; gRPC takes what its clock cannot hold for a deadline that is over
 
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # http_proxy in the environment is not meant for these calls
@@ -49,7 +50,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 250),  # a process that died is back in a second
 )
 
 
@@ -250,9 +251,13 @@ async def call(
     """Calls a single-answer method ("tandem.v1.Worker/Drain"); raises TandemError."""
     stub = channel.unary_unary(f"/{method}", None, None)
     try:
-        return parse_answer(response_type, await stub(request.SerializeToString(), timeout=timeout_s, metadata=metadata))
+        return parse_answer(response_type, await stub(request.SerializeToString(), timeout=_grpc_timeout_s(timeout_s), metadata=metadata))
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from error
+
+
+def _grpc_timeout_s(timeout_s: float | None) -> float | None:
+    return None if timeout_s is None else min(timeout_s, _MAX_TIMEOUT_S)
 
 
 class ResponseStream:
@@ -300,7 +305,7 @@ def start_stream(
 ) -> ResponseStream:
     """Starts a streaming call; the caller must cancel it or read it to its end."""
     payload = request if isinstance(request, bytes) else request.SerializeToString()
-    return ResponseStream(channel.unary_stream(f"/{method}", None, None)(payload, timeout=timeout_s, metadata=metadata))
+    return ResponseStream(channel.unary_stream(f"/{method}", None, None)(payload, timeout=_grpc_timeout_s(timeout_s), metadata=metadata))
 
 
 @asynccontextmanager

@@ -95,15 +95,25 @@ class ReplicaSupervisor:
         await self._tell(state=SupervisedState.STOPPED, pid=0, address="", incarnation=0)
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_alive()
+        except Exception as failure:  # the task's root: whoever owns the replica must learn that nobody looks after it
+            logger.exception("supervision_failed replica_id=%s", self._config.replica_id)
+            error = f"replica {self._config.replica_id} is no longer supervised: {failure!r}"
+            await self._tell(state=SupervisedState.FAILED, pid=0, address="", incarnation=0, error=error)
+
+    async def _keep_alive(self) -> None:
         deaths_s: list[float] = []
         config = self._config
         while True:
             config = replace(config, incarnation=time.time_ns())
             error = await self._run(config)
+            port = self._config.port
             if self._process is not None:
                 await self._process.stop()
-                if self._process.address:  # routers may know it by that
-                    config = replace(config, port=int(self._process.address.rpartition(":")[2]))
+                if self._process.address:  # routers may know it by that; one that did not come up may have found its last port taken
+                    port = int(self._process.address.rpartition(":")[2])
+            config = replace(config, port=port)
             now_s = self._clock()
             deaths_s = [death_s for death_s in deaths_s if now_s - death_s < RESTART_WINDOW_S] + [now_s]
             logger.warning("replica_died replica_id=%s deaths=%d error=%s", config.replica_id, len(deaths_s), error)
@@ -125,7 +135,7 @@ class ReplicaSupervisor:
             return f"replica {config.replica_id} could not be started: {failure!r}"
         await self._tell(state=SupervisedState.RUNNING, pid=process.pid, address=process.address, incarnation=config.incarnation, error="")
         await asyncio.shield(process.exited)
-        return f"replica {config.replica_id} died; its log is {config.log_path}"
+        return process.told("died")
 
     async def _tell(self, **changes: object) -> None:
         async with self._changed:

@@ -7,58 +7,41 @@ import asyncio
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import psutil
 from rich.console import Console
 
-from autoscaler.config import ScalerConfig
-from autoscaler.pool import check_models
-from kv_transfer.shm_room import check_room
-from router.config import RouterConfig
-from tandem.cleanup import CONFIG_FILE, MEMBER_OF
-from tandem.cluster_config import ClusterConfig, read_section
-from tandem.config import MIB
+from tandem.cleanup import CONFIG_FILE, MEMBER_OF, clean_cluster, end_ray, processes_of
+from tandem.cluster_config import ClusterConfig
 from tandem.endpoint import write_endpoint_file
-from tandem.engine.environment import require_vllm
-from tandem.engine.model_files import resolve_model
 from tandem.errors import ConfigError, Reason, TandemError
-from tandem.launch import check_port, start_program, stop_process
-from tandem.membership import MemberKind, Snapshot
-from tandem.model_memory import replica_memory_bytes
+from tandem.keeper import Keeper, Process
+from tandem.launch import start_program, stop_process, tail
+from tandem.membership import LEASE_S, REGISTER_URL, MemberKind, Snapshot
+from tandem.network import advertised_host
 from tandem.node_folder import cluster_folder, ray_folder, shm_folder
 from tandem.parenthood import die_with_parent
-from tandem.ray_head import OBJECT_STORE_BYTES, set_ray_environment
+from tandem.preflight import check
+from tandem.ray_head import set_ray_environment
 from tandem.redis_register import RedisRegister
 from tandem.redis_server import check_redis, find_redis_server, redis_arguments, wait_for_redis
+from tandem.tether import hold, is_held
 
 _READY_S = 300.0
 _REDIS_START_S = 10.0
+_CLEAN_S = 60.0
 _STATUS_S = 0.25
-_PAUSE_S = 0.1
-_MAX_PAUSE_S = 10.0
-_LONG_LIFE_S = 30.0
-_FREE_MEMORY_BYTES = 512 * MIB  # for Ray and everything beside the replicas
+_POLL_S = 0.1
+_MAX_RESTARTS = 2  # of one child during the start
+_CLAIM = "claim"  # in the cluster's folder of blocks, which all users of a machine share: held by the `up` that runs
 
 Progress = Callable[[str], None]
-Process = asyncio.subprocess.Process
-
-
-@dataclass(slots=True)
-class Child:
-    """One kept process. `restarts` counts how often it had to be started again."""
-
-    name: str
-    start: Callable[[], Awaitable[Process]]
-    process: Process
-    restarts: int = 0
 
 
 class Platform:
@@ -68,108 +51,118 @@ class Platform:
         self.config = config if config.cluster else replace(config, cluster=f"{os.getuid()}-{secrets.token_hex(3)}")
         self.cluster = self.config.cluster
         self.folder = cluster_folder(self.cluster)
-        self.children: dict[str, Child] = {}
         self.router_addresses: list[str] = [""] * self.config.routers
         self.http_addresses: list[str] = [""] * self.config.routers
         self.register: RedisRegister | None = None
         self.ready_replicas = 0  # at the end of the start
         self._progress = progress
-        self._keepers: list[asyncio.Task[None]] = []
+        self._keeper = Keeper(progress, self._restarted)
         self._guard: Process | None = None
+        self._claim_lock: int | None = None
         self._redis_url = self.config.redis_url
         self._ray_address = self.config.ray_address
 
     async def start(self) -> None:
         """Starts all of it and waits until every replica asked for serves. Raises ConfigError."""
-        check(self.config)
-        await self._claim()
+        await asyncio.to_thread(check, self.config)
+        try:
+            await self._claim()
+        except OSError as error:
+            raise ConfigError(f"cannot make the cluster's folders: {error}") from error
         set_ray_environment(os.environ, self.config.host)
         self._progress("starting Redis and Ray" if not self._ray_address else f"using Ray at {self._ray_address}")
         async with _unwrapped(), asyncio.TaskGroup() as group:
             group.create_task(self._start_redis_and_routers(), name="redis and routers")
             if not self._ray_address:
-                group.create_task(self._keep("ray", self._start_ray), name="ray")
+                group.create_task(self._keeper.keep("ray", self._start_ray), name="ray")
         self.register = RedisRegister(self._redis_url, self.cluster)
         self._progress("starting the autoscaler")
         for number in range(self.config.autoscalers):
-            await self._keep(f"autoscaler-{number}", lambda number=number: self._start_autoscaler(number))  # type: ignore[misc]
+            await self._keeper.keep(f"autoscaler-{number}", lambda number=number: self._start_autoscaler(number))  # type: ignore[misc]
         await self._wait_ready()
         self._write_endpoint_file()
 
     async def stop(self) -> None:
         """Ends every process and removes every file: by the guard, as after a crash."""
-        for task in self._keepers:
-            task.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await self._keeper.release()
         if self.register is not None:
             await self.register.close()
         if self._guard is not None and self._guard.stdin is not None:
             self._guard.stdin.close()
-            await self._guard.wait()
-        for child in self.children.values():
-            await stop_process(child.process)
+            if await self._guard.wait() != 0:  # it was killed, so this process does its work
+                await asyncio.to_thread(clean_cluster, self.cluster)
+        await self._keeper.stop()
+        if self._claim_lock is not None:
+            os.close(self._claim_lock)
 
     @property
     def _configured_replicas(self) -> int:
         return sum(model.prefill + model.decode for model in self.config.models)
 
     async def _claim(self) -> None:
-        """Takes the cluster id for this process and has the guard watch it. Raises ConfigError where it is in use."""
+        """Takes the cluster id on this machine for this process's life. Raises ConfigError where it is in use."""
+        blocks = shm_folder(self.cluster)
+        in_use = ConfigError(f"cluster {self.cluster!r} runs already on this machine: stop it with `tandem down --cluster {self.cluster}`")
+        if is_held(blocks / _CLAIM):
+            raise in_use
+        if blocks.exists() or self.folder.exists() or processes_of(self.cluster):
+            self._progress("clearing away what the last run left")
+            async with asyncio.timeout(_CLEAN_S):
+                while any(process.kind == "guard" for process in processes_of(self.cluster)):  # noqa: ASYNC110 - it does so itself
+                    await asyncio.sleep(_POLL_S)
+            await asyncio.to_thread(clean_cluster, self.cluster)
         try:
-            self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700)
-        except FileExistsError as error:
-            raise ConfigError(
-                f"cluster {self.cluster!r} runs already or was not stopped cleanly: stop it with `tandem down --cluster {self.cluster}`"
-            ) from error
-        except OSError as error:
-            raise ConfigError(f"cannot make {self.folder}: {error.strerror}") from error
+            blocks.mkdir(mode=0o700)
+        except FileExistsError as error:  # another one was quicker, or it is another user's
+            raise in_use from error
+        self._claim_lock = hold(blocks / _CLAIM)
         os.environ[MEMBER_OF] = self.cluster
-        for folder in (shm_folder(self.cluster), ray_folder(self.cluster)):
-            folder.mkdir(mode=0o700, exist_ok=True)
+        for folder in (self.folder, ray_folder(self.cluster)):
+            folder.mkdir(mode=0o700, parents=True)
         (self.folder / CONFIG_FILE).write_text(self.config.to_json())
         self._write_endpoint_file(is_ready=False)
         self._guard = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tandem.guard", f"--cluster={self.cluster}"),
+            *(sys.executable, "-m", "tandem.guard", self.cluster),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )
 
-    async def _keep(self, name: str, start: Callable[[], Awaitable[Process]]) -> None:
-        """Starts a child and starts it again whenever it ends."""
-        child = self.children[name] = Child(name, start, await start())
-        self._keepers.append(asyncio.create_task(self._keep_alive(child), name=f"keep {name}"))
-
-    async def _keep_alive(self, child: Child) -> None:
-        pause_s = _PAUSE_S
-        while True:
-            started_s = time.monotonic()
-            await child.process.wait()
-            self._progress(f"{child.name} died; starting it again")
-            child.restarts += 1
-            while True:
-                pause_s = _PAUSE_S if time.monotonic() - started_s > _LONG_LIFE_S else min(2 * pause_s, _MAX_PAUSE_S)
-                await asyncio.sleep(pause_s)
-                try:
-                    child.process = await child.start()
-                    break
-                except ConfigError as error:
-                    self._progress(f"{child.name} does not start: {error.message}")
-            if child.name == "ray":  # autoscalers know the Ray that died, or try to reach it
-                for other in self.children.values():
-                    if other.name.startswith("autoscaler"):
-                        other.process.terminate()
+    def _restarted(self, name: str) -> None:
+        """Autoscalers know the Ray that died, or try to reach it: they are to begin again."""
+        if name == "ray":
+            for child in self._keeper.children.values():
+                if child.name.startswith("autoscaler"):
+                    with contextlib.suppress(ProcessLookupError):  # it has died of that already
+                        child.process.terminate()
 
     async def _start_redis_and_routers(self) -> None:
         if self._redis_url:
             await check_redis(self._redis_url)
+            await self._take_register()
         else:
             self._redis_url = f"unix://{self.folder / 'redis.sock'}"
-            await self._keep("redis", self._start_redis)
+            await self._keeper.keep("redis", self._start_redis)
         for number in range(self.config.routers):
-            await self._keep(f"router-{number}", lambda number=number: self._start_router(number))  # type: ignore[misc]
+            await self._keeper.keep(f"router-{number}", lambda number=number: self._start_router(number))  # type: ignore[misc]
+
+    async def _take_register(self) -> None:
+        """Of a Redis that outlives clusters: nobody of this one may live there, and an earlier run is forgotten. Raises ConfigError."""
+        register = RedisRegister(self._redis_url, self.cluster)
+        try:
+            async with asyncio.timeout(2 * LEASE_S):
+                while (await register.snapshot()).members:  # noqa: ASYNC110 - they may have been killed a moment ago
+                    await asyncio.sleep(_POLL_S)
+            await register.erase()
+        except TimeoutError as error:
+            raise ConfigError(
+                f"cluster {self.cluster!r} runs already with this Redis, on another machine or by another user: choose another --cluster"
+            ) from error
+        except TandemError as error:
+            raise ConfigError(error.message) from error
+        finally:
+            await register.close()
 
     async def _start_redis(self) -> Process:
         folder = self.folder / "redis"
@@ -187,11 +180,12 @@ class Platform:
             await wait_for_redis(self._redis_url, _REDIS_START_S)
         except TandemError as error:
             await stop_process(process)
-            raise ConfigError(f"Redis did not start; its log is {self.folder / 'redis.log'}", reason=Reason.START_FAILED) from error
+            raise ConfigError(f"Redis did not start: {tail(self.folder / 'redis.log')}", reason=Reason.START_FAILED) from error
         return process
 
     async def _start_ray(self) -> Process:
-        arguments = ["tandem.ray_head", f"--temp-dir={ray_folder(self.cluster)}", f"--host={self.config.host}"]
+        await asyncio.to_thread(end_ray, self.cluster)  # of a head that died some processes live on for a minute
+        arguments = ["tandem.ray_head", f"--temp-dir={ray_folder(self.cluster)}", f"--host={advertised_host(self.config.host)}"]
         process, facts = await start_program(arguments, self.folder / "ray.log", ready="ray ready")
         self._ray_address = facts["address"]
         return process
@@ -204,19 +198,24 @@ class Platform:
         settings = [f"--{key.replace('_', '-')}={value}" for key, value in self.config.router.items()]
         arguments = [
             *("router", f"--cluster={self.cluster}", f"--router-id=router-{number}", f"--host={self.config.host}"),
-            *(f"--port={port}", f"--http-port={http_port}", f"--redis-url={self._redis_url}", *settings),
+            *(f"--port={port}", f"--http-port={http_port}", *settings),
         ]
-        process, facts = await start_program(arguments, self.folder / f"router-{number}.log", ready="router ready")
+        process, facts = await self._start_program(arguments, f"router-{number}", ready="router ready")
         self.router_addresses[number], self.http_addresses[number] = facts["address"], facts["http"]
         return process
 
     async def _start_autoscaler(self, number: int) -> Process:
-        arguments = [
-            *("autoscaler", f"--id=autoscaler-{number}", f"--config-json={self.config.to_json()}"),
-            *(f"--redis-url={self._redis_url}", f"--ray-address={self._ray_address}"),
-        ]
-        process, _ = await start_program(arguments, self.folder / f"autoscaler-{number}.log", ready="autoscaler ready")
+        ray_address, told = self._ray_address, replace(self.config, redis_url="").to_json()
+        arguments = ["autoscaler", f"--id=autoscaler-{number}", f"--config-json={told}", f"--ray-address={ray_address}"]
+        process, _ = await self._start_program(arguments, f"autoscaler-{number}", ready="autoscaler ready")
+        if ray_address != self._ray_address:
+            await stop_process(process)
+            raise ConfigError("Ray has begun again meanwhile", reason=Reason.START_FAILED)
         return process
+
+    async def _start_program(self, arguments: list[str], name: str, *, ready: str) -> tuple[Process, dict[str, str]]:
+        environment = {REGISTER_URL: self._redis_url}
+        return await start_program(arguments, self.folder / f"{name}.log", ready=ready, environment=environment)
 
     async def _wait_ready(self) -> None:
         """Until every replica that is configured has its lease; says what is waited for. Raises ConfigError."""
@@ -224,28 +223,26 @@ class Platform:
         try:
             async with asyncio.timeout(_READY_S), aclosing(self.register.snapshots(1.0)) as snapshots:
                 async for snapshot in snapshots:
-                    ready = count_replicas(snapshot)
+                    ready = self.ready_replicas = count_replicas(snapshot)
                     wanted = sum(target.replicas for target in snapshot.targets) or self._configured_replicas
                     self._progress(f"waiting for replicas: {ready} of {wanted} serve")
                     if ready >= wanted:
-                        self.ready_replicas = ready
                         return
                     self._check_children()
                     _check_starts(snapshot)
         except TimeoutError as error:
             raise ConfigError(
-                f"the replicas did not start in {_READY_S:.0f} s; logs are in {self.folder}", reason=Reason.START_FAILED
+                f"{self.ready_replicas} of {self._configured_replicas} replicas started in {_READY_S:.0f} s", reason=Reason.START_FAILED
             ) from error
 
     def _check_children(self) -> None:
         """Raises ConfigError where a child dies again and again during the start."""
-        for child in self.children.values():
-            if child.restarts > 2:
-                log = self.folder / f"{child.name}.log"
-                raise ConfigError(f"{child.name} does not stay up; its log is {log}", reason=Reason.START_FAILED)
+        for child in self._keeper.children.values():
+            if child.restarts > _MAX_RESTARTS:
+                raise ConfigError(f"{child.name} does not stay up: {tail(self.folder / f'{child.name}.log')}", reason=Reason.START_FAILED)
 
     def _write_endpoint_file(self, *, is_ready: bool = True) -> None:
-        endpoints: dict[str, object] = {"cluster": self.cluster, "pid": os.getpid()}
+        endpoints: dict[str, object] = {"cluster": self.cluster, "pid": os.getpid(), "started": psutil.Process().create_time()}
         if is_ready:
             endpoints |= {
                 "grpc": ",".join(self.router_addresses),
@@ -265,44 +262,6 @@ def _check_starts(snapshot: Snapshot) -> None:
 def count_replicas(snapshot: Snapshot) -> int:
     """Replicas with a lease."""
     return sum(member.kind is MemberKind.REPLICA for member in snapshot.members)
-
-
-def check(config: ClusterConfig) -> None:
-    """Everything that can be known before a process starts. Raises ConfigError."""
-    config.validate()
-    check_models(config)
-    read_section(ScalerConfig, config.scaler, "scaler.").validate()
-    read_section(RouterConfig, config.router, "router.").validate()
-    require_vllm()
-    if config.ray_address and (not config.redis_url or config.redis_url.startswith("unix")):
-        raise ConfigError("RAY_ADDRESS needs a REDIS_URL that other nodes can reach: redis://HOST:PORT")
-    for model in config.models:
-        resolve_model(model.model)
-    if not config.ray_address:
-        _check_memory(config)
-        check_room(Path(config.store_dir) if config.store_dir else shm_folder("none"))
-    for flag, first in (("--port", config.port), ("--http-port", config.http_port)):
-        for number in range(config.routers if first else 0):
-            check_port(config.host, first + number, flag)
-
-
-def _check_memory(config: ClusterConfig) -> None:
-    needed_bytes = sum(
-        (model.memory_bytes_per_replica or replica_memory_bytes(model)) * (model.prefill + model.decode) for model in config.models
-    )
-    free_bytes = psutil.virtual_memory().available - _FREE_MEMORY_BYTES
-    if needed_bytes > free_bytes:
-        count = sum(model.prefill + model.decode for model in config.models)
-        raise ConfigError(
-            f"{count} replicas need {needed_bytes // MIB} MiB of memory and {max(0, free_bytes) // MIB} MiB are free: "
-            "ask for fewer, or for less --kv-cache-bytes",
-            reason=Reason.NO_ROOM,
-        )
-    shm_bytes = shutil.disk_usage("/dev/shm").free
-    if shm_bytes < OBJECT_STORE_BYTES:
-        raise ConfigError(
-            f"/dev/shm has {shm_bytes // MIB} MiB free, and Ray alone needs {OBJECT_STORE_BYTES // MIB} MiB", reason=Reason.NO_ROOM
-        )
 
 
 @contextlib.asynccontextmanager

@@ -8,29 +8,14 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
-from tandem.domain import Lease, ReplicaState
+from tandem.domain import Lease, ReplicaState, RequestId
+from tandem.domain import Stamp as Stamp
+from tandem.domain import StampKind as StampKind
 from tandem.errors import Reason, UnavailableError
 
 # Stamps of a router that does not read its stream; the oldest are dropped, and the totals are right all the same.
 _MAX_STAMPS = 10_000
-
-
-class StampKind(StrEnum):
-    """What happened to a router's request."""
-
-    ACCEPTED = "accepted"
-    FINISHED = "finished"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
-    """One event of one attempt at a request."""
-
-    request_id: str
-    attempt: int
-    kind: StampKind
 
 
 @dataclass(slots=True)
@@ -112,12 +97,12 @@ class WorkerState:
         """Books an attempt for as long as the context lasts."""
         run = Run(number=next(self._numbers), prefill_tokens=prefill_tokens, kv_tokens=kv_tokens)
         self._runs[run.number] = run
-        self._stamp(router_id, Stamp(request_id=request_id, attempt=attempt, kind=StampKind.ACCEPTED))
+        self._stamp(router_id, Stamp(request_id=RequestId(request_id), attempt=attempt, kind=StampKind.ACCEPTED))
         try:
             yield run
         finally:
             del self._runs[run.number]
-            self._stamp(router_id, Stamp(request_id=request_id, attempt=attempt, kind=StampKind.FINISHED))
+            self._stamp(router_id, Stamp(request_id=RequestId(request_id), attempt=attempt, kind=StampKind.FINISHED))
 
     def must_prefill(self, run: Run, prefill_tokens: int) -> None:
         """The attempt's prompt is computed here after all."""

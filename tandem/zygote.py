@@ -4,6 +4,8 @@ Single-threaded for as long as it lives: no event loop, no gRPC, no torch operat
 
 A supervisor connects to the Unix socket once per replica and sends one line of JSON (`ReplicaConfig`). The connection is the replica's
 lifeline: closing it stops the replica. Lines come back: `pid N`, `replica ready ...` or `replica failed ...`, at last `exit STATUS`.
+`unable WHY` says that it can fork no more: it ends then, and whoever keeps it starts another.
+
 It listens once it has imported everything, so a connection that succeeds says that it is ready. It ends when nobody holds its tether.
 """
 
@@ -19,6 +21,7 @@ import traceback
 from pathlib import Path
 
 from tandem.config import ReplicaConfig, replica_config_from_json
+from tandem.heap import trim_heap
 from tandem.parenthood import REPLICA_NAME, set_process_name
 from tandem.tether import GRACE_S, POLL_S, Tether
 
@@ -35,7 +38,7 @@ def main() -> None:
     tether = Tether(args.tether, grace_s=args.tether_grace_s)
     _import_all()
     # What is imported stays for ever: out of the collector's sight its pages stay shared with every replica.
-    gc.collect()
+    trim_heap()
     gc.freeze()
     args.socket.unlink(missing_ok=True)  # of a zygote that was killed
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -49,6 +52,7 @@ def _import_all() -> None:
     """Everything a replica needs. Imported here and not above, so that a bad command line is told at once."""
     import kv_transfer.connector  # noqa: F401
     import tandem.engine.preload
+    import tandem.redis_register  # 0.15 s of a replica's loop where it is imported after the fork
     import tandem.replica  # noqa: F401
 
 
@@ -101,19 +105,25 @@ class Zygote:
             connection.close()
             return
         if len(os.listdir("/proc/self/task")) != 1:
-            _send_line(connection, "replica failed the zygote has more than one thread; spawn this replica instead")
+            _send_line(connection, "unable it has more than one thread")
+            connection.close()
+            self._is_stopping = True
+            return
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _send_line(connection, f"replica failed the zygote cannot fork: {error}")
             connection.close()
             return
-        pid = os.fork()
         if pid == 0:
             self._become_replica(config, connection)
         self._lifelines[pid] = connection
-        _send_line(connection, f"pid {pid}")
 
     def _become_replica(self, config: ReplicaConfig, connection: socket.socket) -> None:
         """The child: drops what is the zygote's, runs the replica, never returns."""
         status = 1
         try:
+            _send_line(connection, f"pid {os.getpid()}")  # from here, so that it comes before all else that the replica says
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)

@@ -12,13 +12,16 @@ from pathlib import Path
 
 from tandem.config import ReplicaConfig
 from tandem.engine.environment import set_engine_environment
+from tandem.errors import ConfigError, Reason
 from tandem.launch import ReplicaProcess, spawn_replica
 
 logger = logging.getLogger(__name__)
 
-# Importing vLLM takes 6 s on an idle core and 15 s on a busy one; longer than a spawned replica needs, waiting gains nothing.
+# What a spawned replica needs on busy cores (14 to 18 s on idle ones): waiting longer gains nothing. A zygote that was started again is
+# there after 6 s of imports on an idle core and 15 s on a busy one, for all replicas of the node at once.
 ZYGOTE_WAIT_S = 40.0
 _RETRY_S = 0.1
+_ANSWER_S = 10.0  # a fork takes 15 ms; a caller before this one that says nothing takes 5 s
 
 
 def zygote_command(socket_path: Path, tether_path: Path, *, grace_s: float) -> list[str]:
@@ -42,19 +45,45 @@ class ZygoteClient:
         self._wait_s = wait_s
 
     async def start_replica(self, config: ReplicaConfig) -> ReplicaProcess:
-        """Has the zygote fork it, or spawns it where no zygote answers in time; `wait_ready` tells when it serves."""
+        """Has the zygote fork it, or spawns it where no zygote answers in time or it can fork no more; `wait_ready` tells when it serves.
+
+        Raises ConfigError where the zygote refuses.
+        """
         deadline_s = time.monotonic() + self._wait_s
         while True:
             try:
-                reader, lifeline = await asyncio.open_unix_connection(self._socket_path)
+                async with asyncio.timeout(_ANSWER_S):
+                    forked = await self._try_fork(config)
                 break
-            except OSError as error:
+            except OSError as error:  # TimeoutError too
                 if time.monotonic() >= deadline_s:
-                    logger.warning("zygote_gone replica_id=%s error=%s", config.replica_id, error)
-                    return await spawn_replica(config)
+                    logger.warning("zygote_gone replica_id=%s error=%r", config.replica_id, error)
+                    forked = None
+                    break
                 await asyncio.sleep(_RETRY_S)
-        lifeline.write(f"{config.to_json()}\n".encode())
-        return ReplicaProcess(config, reader, lifeline)
+        return forked or await spawn_replica(config)
+
+    async def _try_fork(self, config: ReplicaConfig) -> ReplicaProcess | None:
+        """None where the zygote can fork no more. Raises OSError where it is away or goes meanwhile, ConfigError where it refuses."""
+        reader, lifeline = await asyncio.open_unix_connection(self._socket_path)
+        replica = ReplicaProcess(config, reader, lifeline)
+        try:
+            lifeline.write(f"{config.to_json()}\n".encode())
+            line = (await reader.readline()).decode().strip()
+            if line.startswith("pid "):
+                replica.watch(int(line.removeprefix("pid ")))
+                return replica
+        except BaseException:
+            lifeline.close()
+            raise
+        lifeline.close()
+        if not line:
+            raise ConnectionResetError(f"the zygote at {self._socket_path} went before it answered")
+        if line.startswith("unable "):
+            logger.warning("zygote_unable replica_id=%s reason=%s", config.replica_id, line.removeprefix("unable "))
+            return None
+        why = line.removeprefix("replica failed ")
+        raise ConfigError(f"replica {config.replica_id} could not be forked: {why}", reason=Reason.START_FAILED)
 
     async def wait_ready(self) -> bool:
         """Waits until the zygote forks; False where it does not come in time."""

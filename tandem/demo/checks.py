@@ -72,7 +72,7 @@ def timings(ours: Sequence[Run], plains: Sequence[Run], timed: Sequence[Run]) ->
         "ttft_added_p50_s": statistics.median(run.times_s[0] - plain.times_s[0] for run, plain in zip(ours, plains, strict=True)),
         "itl_p50_s": statistics.median(gap for run in ours for gap in run.itl_s),
         "plain_itl_p50_s": statistics.median(gap for run in plains for gap in run.itl_s),
-        "handoff_gap_p50_s": statistics.median(receipt.handoff_gap_s for receipt in handed_off),
+        "handoff_gap_p50_s": statistics.median(receipt.handoff_gap_s for receipt in handed_off) if handed_off else None,
         "handoff_gap_1000_tokens_p50_s": statistics.median(run.receipt.handoff_gap_s for run in timed if run.receipt is not None),
         "timed_prompts": len(ours),
     }
@@ -91,7 +91,7 @@ def exactness(
         "handed_off": sum(receipt.handed_off for receipt in receipts),
         "kv_bytes_shipped": sum(receipt.kv_bytes_shipped for receipt in receipts),
         "block_size_tokens": EngineConfig().block_size_tokens,
-        "decode_recomputed_tokens_max": max(receipt.decode_recomputed_tokens for receipt in receipts if receipt.handed_off),
+        "decode_recomputed_tokens_max": max((receipt.decode_recomputed_tokens for receipt in receipts if receipt.handed_off), default=0),
     }
 
 
@@ -127,6 +127,7 @@ async def check_http(url: str, model: str) -> bool:
         streamed = "".join(choice["text"] for part in parts for choice in part["choices"])
         chat = {"model": model, "messages": [{"role": "user", "content": "What is Python?"}], "max_tokens": 8, "temperature": 0}
         answer = json.loads(ask("/v1/chat/completions", chat))
+        is_typed = False
         try:
             ask("/v1/completions", {**prompt, "temperature": -1})
         except urllib.error.HTTPError as error:

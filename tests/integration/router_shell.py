@@ -26,7 +26,7 @@ from tests.integration.fake_worker import FakeWorker, expected_token
 from tests.samples import make_request
 
 GENERATE = "tandem.v1.Inference/Generate"
-CONFIG = RouterConfig(tick_s=0.01, no_replica_wait_s=0.3, retry_hold_s=0.1, watch_silence_s=1.0, reconnect_max_s=0.2)
+CONFIG = RouterConfig(tick_s=0.01, no_replica_wait_s=0.3, retry_hold_s=0.1, watch_silence_s=2.5, reconnect_max_s=0.2)
 
 
 @dataclass

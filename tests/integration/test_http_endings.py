@@ -43,6 +43,12 @@ async def test_a_deadline_that_is_no_time_names_its_header(value: str) -> None:
         assert (answer.status, answer.error["param"]) == (400, "x-request-timeout-ms")
 
 
+async def test_a_deadline_in_ages_is_not_over_at_once() -> None:
+    async with serve_http(decode_0=Faults()) as http:
+        answer = await http.complete({"x-request-timeout-ms": "1e15"}, max_tokens=1)
+        assert answer.status == 200
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("prompts", [[PROMPT], [PROMPT, [4, 5]]])
 async def test_a_client_that_leaves_frees_router_and_worker(is_stream: bool, prompts: list[list[int]]) -> None:

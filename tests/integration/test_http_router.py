@@ -1,9 +1,11 @@
 """The router's HTTP endpoint in front of fake workers: answers, streams, errors, what operators ask."""
 
 import asyncio
+import gzip
 import io
 import json
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from router.http_body import HttpBodies
 from tandem.errors import EngineError, Reason, UnavailableError
 from tests.integration.fake_worker import Faults, expected_token
 from tests.integration.http_router import PROMPT, serve_http, serving
@@ -90,7 +93,7 @@ async def test_a_request_id_is_used_and_answered() -> None:
     async with serve_http(decode_0=Faults()) as http:
         answer = await http.complete({"x-request-id": "mine"}, max_tokens=1)
         assert (answer.headers["x-request-id"], answer.json["id"]) == ("mine", "cmpl-mine")
-        assert http.workers["decode_0"].requests[0].request_id == "mine"
+        assert http.workers["decode_0"].requests[0].request_id.startswith("mine-")
         answer = await http.complete({"x-request-id": "x" * 200}, max_tokens=1)
         assert answer.headers["x-request-id"] != "x" * 200
         assert answer.json["id"] == f"cmpl-{answer.headers['x-request-id']}"
@@ -209,14 +212,48 @@ async def test_a_failure_after_the_first_token_is_the_last_event_without_done() 
         await http.router.becomes_idle()
 
 
-async def test_an_id_in_use_names_the_header() -> None:
-    async with serve_http(decode_0=Faults(hang_at=0)) as http:
-        first = asyncio.create_task(http.complete({"x-request-id": "a"}))
-        await http.workers["decode_0"].hangs.wait()
-        answer = await http.complete({"x-request-id": "a"})
-        assert (answer.status, answer.error["param"]) == (400, "x-request-id")
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
+async def test_one_id_may_serve_several_requests_at_once() -> None:
+    async with serve_http(decode_0=Faults()) as http:
+        answers = await asyncio.gather(*(http.complete({"x-request-id": "a"}, max_tokens=4) for _ in range(3)))
+        assert [(answer.status, answer.headers["x-request-id"], answer.json["id"]) for answer in answers] == [(200, "a", "cmpl-a")] * 3
+        assert len({request.request_id for request in http.workers["decode_0"].requests}) == 3
+
+
+async def test_a_body_that_its_encoding_does_not_fit_is_the_clients_error() -> None:
+    async with serve_http(decode_0=Faults()) as http:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        answer = await http.ask("POST", "/v1/completions", data=b'{"prompt": [1]}', headers=headers)
+        assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "bad_bytes", None)
+        answer = await http.ask("POST", "/v1/completions", data=gzip.compress(b'{"prompt": [1], "max_tokens": 1}'), headers=headers)
+        assert answer.status == 200
+
+
+async def test_bodies_that_are_being_read_have_a_bound_and_give_their_room_back() -> None:
+    bodies, arrived, go_on = HttpBodies(max_bytes=100), asyncio.Event(), asyncio.Event()
+
+    async def serve(request: web.Request) -> web.Response:
+        return web.Response(body=await bodies.parse(request, lambda body: b"%d" % len(body)))
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        yield b"x" * 80
+        arrived.set()
+        await go_on.wait()
+        yield b"x" * 10
+
+    headers = {"content-type": "application/json"}
+    async with serving(web.post("/", serve)) as address, aiohttp.ClientSession(headers=headers) as session:
+        slow = asyncio.create_task(session.post(f"http://{address}/", data=slow_body()))
+        await arrived.wait()
+        await eventually(lambda: bodies._bytes == 80)
+        async with session.post(f"http://{address}/", data=b"x" * 21) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert "Retry-After" in answer.headers
+        go_on.set()
+        async with await slow as answer:
+            assert await answer.read() == b"90"
+        async with session.post(f"http://{address}/", data=b"x" * 100) as answer:
+            assert await answer.read() == b"100"
+        assert bodies._bytes == 0
 
 
 async def test_a_malformed_request_is_logged_without_its_words(caplog: pytest.LogCaptureFixture) -> None:

@@ -110,9 +110,10 @@ def settled(run: Run) -> bool:
     return len(serving(run)) == 3 and all(counts[kind] == number for kind, number in wanted.items())
 
 
-@pytest.mark.parametrize(
-    "kind", ["replica", "engine_core", "actor", "node_agent", "store", "zygote", "redis", "router", "autoscaler", "ray_head", "gcs", "raylet"]
-)
+KINDS = ("replica", "engine_core", "actor", "node_agent", "store", "zygote", "redis", "router", "autoscaler", "ray_head", "gcs", "raylet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_death_of_one_process_mends_itself(run: Run, kind: str) -> None:
     wait_for(lambda: settled(run))
     # Ray's head takes all actors along, and a router the streams in it; nothing else may cost an answer.

@@ -1,16 +1,25 @@
 """`python -m router` as a process: one ready line, a clean stop, and one line of help where it cannot start."""
 
+import asyncio
 import re
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
+from pathlib import Path
 
+import aiohttp
 import pytest
 
+from router import http as router_http
+from router import http_calls
+from tandem import cleanup
+from tandem.redis_register import RedisRegister
+from tests.integration.fake_worker import Faults, serve_workers
 from tests.layers import ROOT
+from tests.redis_process import running_redis
 
 pytestmark = pytest.mark.integration
 
@@ -36,6 +45,13 @@ def _router(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", str, str
         process.communicate()
 
 
+async def _until(register: RedisRegister, *, has_router: bool) -> None:
+    async with asyncio.timeout(30), aclosing(register.snapshots(0.05)) as snapshots:
+        async for snapshot in snapshots:
+            if bool(snapshot.members) is has_router:
+                return
+
+
 def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-m", "router", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
@@ -47,6 +63,30 @@ def test_a_signal_stops_it_cleanly(number: signal.Signals) -> None:
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out) == (0, "")
         assert "Traceback" not in err
+
+
+async def test_the_lease_is_given_back_before_running_answers_have_ended(tmp_path: Path) -> None:
+    async with running_redis(tmp_path) as redis, serve_workers(decode_0=Faults(hang_at=0)) as workers:
+        worker, register = workers["decode_0"], RedisRegister(redis.url, "c")
+        assert worker.server is not None
+        flags = ("--redis-url", redis.url, "--cluster", "c", "--worker", worker.server.address)
+        with _router(*flags) as (process, _, http):
+            async with aiohttp.ClientSession() as session:
+                body = {"prompt": [1, 2, 3], "max_tokens": 4}
+                asking = asyncio.create_task(session.post(f"http://{http}/v1/completions", json=body))
+                await asyncio.wait_for(worker.hangs.wait(), 30)
+                await _until(register, has_router=True)
+                process.terminate()
+                await _until(register, has_router=False)
+                assert not asking.done()
+                async with await asking as answer:
+                    assert answer.status == 503
+            assert await asyncio.to_thread(process.wait, 30) == 0
+        await register.close()
+
+
+def test_a_stop_is_over_before_the_cluster_kills_what_is_left() -> None:
+    assert router_http._SHUTDOWN_GRACE_S + http_calls._LAST_WORDS_S + router_http._CLEANUP_S <= cleanup._ROUTER_GRACE_S - 0.2
 
 
 def test_its_metrics_are_served() -> None:

@@ -65,7 +65,7 @@ async def test_a_cancel_in_the_queue_frees_the_place() -> None:
 async def test_a_cancel_while_waiting_for_the_first_worker_frees_the_call() -> None:
     config = replace(CONFIG, no_replica_wait_s=60.0)
     async with serve_router({}, config) as router:
-        await _cancel_when(router, lambda: router.shell._calls == 1, message())
+        await _cancel_when(router, lambda: router.shell._calls.total() == 1, message())
 
 
 async def test_the_deadline_ends_a_stream_that_hangs() -> None:

@@ -1,6 +1,7 @@
 """Prompts become the ids that the engine's own tokenizer makes of them; what cannot is refused by name."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,31 @@ async def test_chat_is_written_by_the_template_with_its_own_special_tokens(tmp_p
     path = _model(tmp_path, template=TEMPLATE if place == "file" else None, template_in_config=in_config[place])
     tokenizer = PromptTokenizer.load(path)
     assert await tokenizer.encode_chat([{"role": "user", "content": "hello world"}]) == (0, 3, 1, 2, 4)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"chat_template": "{% nonsense %}"}'])
+async def test_a_damaged_template_is_an_error_of_chats_only(tmp_path: Path, content: bytes) -> None:
+    path = _model(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    tokenizer = PromptTokenizer.load(path)
+    assert await tokenizer.encode_text("hello") == (0, 1)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="chat template cannot be read") as caught:
+            await tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+        assert caught.value.reason is Reason.BAD_MODEL
+
+
+@pytest.mark.parametrize(("messages", "is_in_thread"), [(1, False), (100, True)])
+async def test_many_empty_messages_are_work_for_a_thread(tmp_path: Path, messages: int, is_in_thread: bool) -> None:
+    tokenizer, threads = PromptTokenizer.load(_model(tmp_path, template=TEMPLATE)), []
+
+    def encode(*arguments: object) -> tuple[int, ...]:
+        threads.append(threading.current_thread())
+        return (1,)
+
+    tokenizer._encode_chat = encode  # type: ignore[assignment]
+    assert await tokenizer.encode_chat([{"role": "user", "content": ""}] * messages) == (1,)
+    assert (threads[0] is not threading.main_thread()) is is_in_thread
 
 
 async def test_a_model_without_template_refuses_chat(tmp_path: Path) -> None:

@@ -147,3 +147,10 @@ async def test_a_message_over_the_limit_is_message_too_large(channel: grpc.aio.C
     with pytest.raises(MessageTooLargeError):
         async with rpc.open_stream(channel, GENERATE, request, timeout_s=30) as stream:
             await stream.read()
+
+
+@pytest.mark.parametrize("timeout_s", [1e9, 1e12, 1e300])
+async def test_a_deadline_in_ages_is_not_over_at_once(channel: grpc.aio.Channel, timeout_s: float) -> None:
+    await rpc.call(channel, LIST_MODELS, inference_pb2.ListModelsRequest(), inference_pb2.ListModelsResponse, timeout_s=timeout_s)
+    async with rpc.open_stream(channel, GENERATE, inference_pb2.GenerateRequest(), timeout_s=timeout_s) as stream:
+        assert len([payload async for payload in stream]) == 1

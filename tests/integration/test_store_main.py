@@ -6,8 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def _store(folder: Path, *arguments: str, inherited: int = 1) -> Iterator[tuple[
     finally:
         process.kill()
         process.communicate()
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    ends_s = time.monotonic() + 10.0
+    while not condition() and time.monotonic() < ends_s:
+        time.sleep(0.02)
+    return condition()
 
 
 def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -89,6 +97,37 @@ def test_a_taken_port_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
         taken = _run(*folder, "--metrics-port", metrics.rpartition(":")[2])
         assert (taken.returncode, taken.stderr.count("\n")) == (2, 1)
         assert "--metrics-port" in taken.stderr
+
+
+def test_a_service_that_comes_back_takes_the_port_it_had(tmp_path: Path) -> None:
+    file = tmp_path / "store.address"
+    ports = []
+    for _ in range(2):
+        with _store(tmp_path / "store", f"--address-file={file}") as (process, port, _):
+            ports.append(port)
+            assert _soon(lambda port=port: file.exists() and file.read_text() == f"127.0.0.1:{port}")  # type: ignore[misc]
+            process.send_signal(signal.SIGKILL)
+    assert ports[0] == ports[1]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{taken}", "127.0.0.1:70000", "nonsense"])
+def test_a_last_port_that_cannot_be_had_is_given_up_for_a_free_one(tmp_path: Path, address: str) -> None:
+    file = tmp_path / "store.address"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        file.write_text(address.format(taken=taken))
+        with _store(tmp_path / "store", f"--address-file={file}") as (_, port, _):
+            assert port != str(taken)
+            assert _soon(lambda: file.read_text() == f"127.0.0.1:{port}")
+
+
+def test_a_port_that_was_asked_for_is_never_given_up(tmp_path: Path) -> None:
+    file = tmp_path / "store.address"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        file.write_text(f"127.0.0.1:{taken}")
+        refused = _run("--store-dir", str(tmp_path / "store"), f"--address-file={file}", f"--port={taken}")
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(

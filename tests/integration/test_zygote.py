@@ -22,13 +22,14 @@ pytestmark = pytest.mark.integration
 
 WAIT_S = 60.0
 PROGRAM = """
-import pathlib, socket, sys
+import os, pathlib, socket, sys, threading
 from tandem.tether import Tether
 from tandem.zygote import Zygote
 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
     listener.bind(sys.argv[1])
     listener.listen()
     print("zygote ready", flush=True)
+    exec(sys.argv[3])
     Zygote(listener, Tether(pathlib.Path(sys.argv[2]), grace_s=0.5)).run()
 """
 
@@ -43,9 +44,11 @@ class Forker:
         self.tether = hold(self.tether_path)
         self.client = ZygoteClient(self.socket_path, wait_s=0.2)
 
-    async def start(self) -> None:
+    async def start(self, first: str = "") -> None:
+        """`first` is Python that the zygote runs before it serves."""
+        arguments = (str(self.socket_path), str(self.tether_path), first)
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", PROGRAM, str(self.socket_path), str(self.tether_path), stdout=asyncio.subprocess.PIPE, cwd=ROOT
+            sys.executable, "-c", PROGRAM, *arguments, stdout=asyncio.subprocess.PIPE, cwd=ROOT
         )
         assert self.process.stdout is not None
         assert await self.process.stdout.readline() == b"zygote ready\n"
@@ -70,15 +73,24 @@ class Forker:
             log_path=str(self.folder / "r-0.log"),
         )
 
+    async def restart(self, first: str = "") -> None:
+        """Another zygote in this one's place."""
+        await self.kill()
+        self.socket_path.unlink()
+        await self.start(first)
+
+    async def kill(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+            await self.process.wait()
+
 
 @pytest.fixture
 async def forker(tmp_path: Path) -> AsyncIterator[Forker]:
     made = Forker(tmp_path)
     await made.start()
     yield made
-    if made.process.returncode is None:
-        made.process.kill()
-        await made.process.wait()
+    await made.kill()
 
 
 @pytest.mark.parametrize(
@@ -110,13 +122,13 @@ async def test_a_replica_that_cannot_start_says_why(forker: Forker) -> None:
 
 async def test_a_forked_replica_is_reaped_with_its_status(forker: Forker) -> None:
     lines = await forker.say(f"{forker.config(faults='nonsense=1').to_json()}\n".encode())
-    assert sorted(line.split()[0] for line in lines) == ["exit", "pid", "replica"]
+    assert [line.split()[0] for line in lines] == ["pid", "replica", "exit"]
     assert lines[-1] == "exit 2"
 
 
 async def test_a_replica_that_crashes_leaves_its_words_in_its_log(forker: Forker) -> None:
     replica = await forker.client.start_replica(forker.config(faults=3))
-    with pytest.raises(ConfigError, match=r"ended while starting; its log is .*r-0\.log"):
+    with pytest.raises(ConfigError, match=r"ended while starting: AttributeError: .*; its log is .*r-0\.log"):
         await replica.wait_ready()
     await replica.stop()
     log = (forker.folder / "r-0.log").read_text()
@@ -143,6 +155,53 @@ async def test_a_replica_is_spawned_where_the_zygote_is_gone(forker: Forker) -> 
     await forker.process.wait()
     replica = await forker.client.start_replica(forker.config(faults="nonsense=1"))
     assert replica.pid > 0
+    with pytest.raises(ConfigError, match="no site 'nonsense'"):
+        await replica.wait_ready()
+    await replica.stop()
+
+
+TWO_THREADS = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+NO_FORK = "def refuse(): raise OSError(11, 'no room for a process')\nos.fork = refuse"
+
+
+async def test_a_zygote_with_threads_makes_room_for_another_and_the_replica_is_spawned(forker: Forker) -> None:
+    await forker.restart(TWO_THREADS)
+    replica = await forker.client.start_replica(forker.config(faults="nonsense=1"))
+    assert replica.pid > 0
+    with pytest.raises(ConfigError, match="no site 'nonsense'"):
+        await replica.wait_ready()
+    await replica.stop()
+    async with asyncio.timeout(WAIT_S):
+        assert await forker.process.wait() == 0
+
+
+async def test_a_fork_that_fails_is_told_and_the_zygote_lives_on(forker: Forker) -> None:
+    await forker.restart(NO_FORK)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"the zygote cannot fork: .*no room for a process") as caught:
+            await forker.client.start_replica(forker.config())
+        assert caught.value.reason is Reason.START_FAILED
+    assert forker.process.returncode is None
+
+
+async def test_a_zygote_that_comes_back_in_time_forks_the_replica(forker: Forker, caplog: pytest.LogCaptureFixture) -> None:
+    forker.client = ZygoteClient(forker.socket_path, wait_s=WAIT_S)
+    await forker.kill()  # its socket is still there, and refuses
+    starting = asyncio.create_task(forker.client.start_replica(forker.config(faults="nonsense=1")))
+    await asyncio.sleep(0.3)
+    assert not starting.done()
+    forker.socket_path.unlink()
+    await forker.start()
+    replica = await starting
+    assert "zygote_gone" not in caplog.text
+    with pytest.raises(ConfigError, match="no site 'nonsense'"):
+        await replica.wait_ready()
+    await replica.stop()
+
+
+async def test_a_zygote_that_ends_without_a_word_is_waited_for_and_then_done_without(forker: Forker) -> None:
+    await forker.restart("Zygote._fork_for = lambda self, connection: connection.close()")
+    replica = await forker.client.start_replica(forker.config(faults="nonsense=1"))
     with pytest.raises(ConfigError, match="no site 'nonsense'"):
         await replica.wait_ready()
     await replica.stop()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.ledger import BookingKey, Ledger, Stamp, StampKind
-from tandem.domain import ReplicaId, RequestId, WorkerLoad
+from router.ledger import BookingKey, Ledger
+from tandem.domain import ReplicaId, RequestId, Stamp, StampKind, WorkerLoad
 
 REPLICA = ReplicaId("r")
 SETTLE_S = 5.0

@@ -3,6 +3,7 @@
 Workers accept late or never, reports come late, twice or not at all, callers cancel, replicas die and come back.
 """
 
+from dataclasses import replace
 from random import Random
 
 from hypothesis import HealthCheck, settings
@@ -12,13 +13,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.instructions import Abandon, Dispatch, Instruction, Reject
-from router.ledger import Stamp, StampKind
-from tandem.domain import BlockHash, Receipt, ReplicaId, ReplicaState, RequestId, Role, Sampling, WorkerLoad
+from tandem.domain import BlockHash, ModelId, Receipt, ReplicaId, ReplicaState, RequestId, Role, Sampling, Stamp, StampKind, WorkerLoad
 from tandem.errors import EngineError, InvalidRequestError, ProtocolError, TandemError
 from tests.samples import make_lease, make_request
 
 CONFIG = RouterConfig(max_queued_requests=4, max_running_requests=3, max_prefix_blocks=20, no_replica_wait_s=3.0, stamp_settle_s=4.0)
-REPLICAS = (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE))
+REPLICAS = (("p0", Role.PREFILL), ("p1", Role.PREFILL), ("d0", Role.DECODE), ("d1", Role.DECODE), ("n0", Role.DECODE))
+N = ModelId("n")  # a second model: of the replica n0, for the requests g and h
 FAILURES: tuple[TandemError, ...] = (EngineError("died"), ProtocolError("gap"))
 
 
@@ -66,6 +67,7 @@ class RouterEvents(RuleBasedStateMachine):
     )
     def submit(self, name: str, priority: int, prompt_tokens: int, patience_s: float | None, n: int) -> object:
         request = make_request(name, prompt_tokens, Sampling(max_tokens=8, n=n), priority=priority)
+        request = replace(request, model=N) if name in "gh" else request
         hashes = [BlockHash(bytes([prompt_tokens % 256, index])) for index in range(prompt_tokens // 32)]
         deadline_s = None if patience_s is None else self.now_s + patience_s
         is_running = request.request_id in self.open
@@ -108,14 +110,16 @@ class RouterEvents(RuleBasedStateMachine):
         if name not in self.up:
             self.incarnation += 1
             self.up[name] = self.incarnation
-        self._obey(self.core.replica_seen(make_lease(name, role, self.up[name], state=state), self.now_s))
+        lease = make_lease(name, role, self.up[name], state=state)
+        self._obey(self.core.replica_seen(replace(lease, model=N) if name == "n0" else lease, self.now_s))
 
     @rule(replica=st.sampled_from(REPLICAS))
     def replica_restarted(self, replica: tuple[str, Role]) -> None:
         name, role = replica
         self.incarnation += 1
         self.up[name] = self.incarnation
-        self._obey(self.core.replica_seen(make_lease(name, role, self.incarnation), self.now_s))
+        lease = make_lease(name, role, self.incarnation)
+        self._obey(self.core.replica_seen(replace(lease, model=N) if name == "n0" else lease, self.now_s))
 
     @rule(replica=st.sampled_from(REPLICAS))
     def replica_lost(self, replica: tuple[str, Role]) -> None:
@@ -133,6 +137,10 @@ class RouterEvents(RuleBasedStateMachine):
         load = WorkerLoad(running_requests=running, kv_tokens=running * 50, pending_prefill_tokens=running * 10)
         stamps = [Stamp(request_id=request_id, attempt=attempt, kind=kind) for request_id, attempt, kind in stamped]
         self.core.report(ReplicaId(replica[0]), self.up.get(replica[0], 1), self.sequence, load, stamps)
+
+    @rule(held=st.sampled_from(((), (N,))), refused=st.sampled_from(({}, {N: "broken"})))
+    def register_told(self, held: tuple[ModelId, ...], refused: dict[ModelId, str]) -> None:
+        self.core.models_held(held, refused)
 
     @rule(seconds=st.sampled_from((0.05, 0.6, 3.0)))
     def tick(self, seconds: float) -> None:

@@ -3,26 +3,35 @@
 import pytest
 
 from router.admission import Admission
-from tandem.domain import RequestId
+from tandem.domain import ModelId, RequestId
 from tandem.errors import DeadlineError, OverloadedError
 
 A, B, C, D = (RequestId(name) for name in "abcd")
+M, N = ModelId("m"), ModelId("n")
 
 
 def _admission(max_queued: int = 3, max_running: int = 2) -> Admission:
     return Admission(max_queued_requests=max_queued, max_running_requests=max_running)
 
 
-def _enqueue(admission: Admission, *request_ids: RequestId, priority: int = 0, deadline_s: float | None = None) -> None:
+def _enqueue(
+    admission: Admission,
+    *request_ids: RequestId,
+    model: ModelId = M,
+    priority: int = 0,
+    deadline_s: float | None = None,
+    now_s: float = 0.0,
+    work_s: float = 0.25,
+) -> None:
     for request_id in request_ids:
-        admission.enqueue(request_id, priority=priority, deadline_s=deadline_s, now_s=0.0, retry_after_s=1.5)
+        admission.enqueue(request_id, model=model, priority=priority, deadline_s=deadline_s, now_s=now_s, work_s=work_s, retry_after_s=1.5)
         admission.check_invariants()
 
 
 def test_equal_priorities_wait_in_order_of_arrival() -> None:
     admission = _admission()
     _enqueue(admission, C, A, B)
-    assert admission.waiting() == (C, A, B)
+    assert admission.waiting([M]) == (C, A, B)
     assert (admission.queued_requests, admission.running_requests) == (3, 0)
 
 
@@ -31,7 +40,7 @@ def test_a_lower_number_goes_first() -> None:
     _enqueue(admission, A)
     _enqueue(admission, B, priority=-1)
     _enqueue(admission, C, priority=1)
-    assert admission.waiting() == (B, A, C)
+    assert admission.waiting([M]) == (B, A, C)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
@@ -40,7 +49,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     with pytest.raises(OverloadedError, match="max_queued_requests=1") as caught:
         _enqueue(admission, B)
     assert caught.value.retry_after_s == 1.5
-    assert admission.waiting() == (A,)
+    assert admission.waiting([M]) == (A,)
 
 
 def test_a_request_whose_time_is_over_is_refused() -> None:
@@ -55,7 +64,7 @@ def test_slots_are_taken_and_given_back() -> None:
     assert admission.has_slot
     admission.start(B)
     assert not admission.has_slot
-    assert admission.waiting() == (C,)
+    assert admission.waiting([M]) == (C,)
     admission.end(A)
     assert admission.has_slot
     admission.end(C)
@@ -69,9 +78,9 @@ def test_a_retried_request_waits_at_its_old_rank_even_where_the_queue_is_full() 
     _enqueue(admission, A)
     admission.start(A)
     _enqueue(admission, B)
-    admission.wait_again(A)
+    admission.wait_again(A, now_s=1.0, work_s=0.5)
     admission.check_invariants()
-    assert admission.waiting() == (A, B)
+    assert admission.waiting([M]) == (A, B)
 
 
 def test_expired_requests_are_named_while_they_wait() -> None:
@@ -80,13 +89,59 @@ def test_expired_requests_are_named_while_they_wait() -> None:
     _enqueue(admission, B, deadline_s=2.0)
     _enqueue(admission, C)
     admission.start(B)
-    assert admission.expired(0.5) == []
-    assert admission.expired(2.0) == [A]
+    assert admission.expired(0.5) == ()
+    assert admission.expired(2.0) == (A,)
 
 
 def test_starting_what_does_not_wait_is_a_bug() -> None:
     admission = _admission()
     _enqueue(admission, A)
     admission.start(A)
-    with pytest.raises(ValueError, match="not in list"):
+    with pytest.raises(ValueError, match="a does not wait"):
         admission.start(A)
+
+
+def test_a_full_line_for_one_model_refuses_nobody_who_wants_another() -> None:
+    admission = _admission(max_queued=1)
+    _enqueue(admission, A)
+    _enqueue(admission, B, model=N)
+    with pytest.raises(OverloadedError, match="1 requests wait for model 'm' already"):
+        _enqueue(admission, C)
+    assert admission.models == (M, N)
+    assert admission.queued_requests == 2
+
+
+def test_the_lines_of_several_models_are_one_by_rank() -> None:
+    admission = _admission()
+    _enqueue(admission, B)
+    _enqueue(admission, A, model=N)
+    _enqueue(admission, C)
+    assert admission.waiting([M, N]) == (B, A, C)
+    assert admission.waiting([N, ModelId("x")]) == (A,)
+    assert admission.waiting([]) == ()
+
+
+def test_the_work_that_waits_is_summed_for_each_model() -> None:
+    admission = _admission()
+    _enqueue(admission, A, B)
+    _enqueue(admission, C, model=N, work_s=2.0)
+    assert (admission.queued_for(M), admission.queued_for(N)) == ((2, 0.5), (1, 2.0))
+    admission.start(A)
+    admission.end(C)
+    admission.check_invariants()
+    assert (admission.queued_for(M), admission.queued_for(N)) == ((1, 0.25), (0, 0.0))
+    admission.wait_again(A, now_s=1.0, work_s=0.5)
+    admission.check_invariants()
+    assert admission.queued_for(M) == (2, 0.75)
+
+
+def test_those_who_wait_for_long_are_named_the_longest_first() -> None:
+    admission = _admission()
+    _enqueue(admission, B, now_s=1.0)
+    _enqueue(admission, A, now_s=2.0, priority=-1)
+    _enqueue(admission, C, now_s=3.0)
+    assert admission.waiting_since(M, 2.0) == (B, A)
+    assert admission.waiting_since(N, 2.0) == ()
+    admission.start(B)
+    admission.wait_again(B, now_s=4.0, work_s=0.0)
+    assert admission.waiting_since(M, 3.5) == (A, C)

@@ -1,5 +1,6 @@
 """What the command line asks of a router: targets set by hand, drains, status; and what it refuses."""
 
+import asyncio
 import math
 from random import Random
 from typing import cast
@@ -16,6 +17,7 @@ from router.shell import RouterShell
 from router.workers import Workers
 from tandem.cluster_view import status_from_pb, targets_to_pb
 from tandem.convert import lease_to_pb
+from tandem.deadline import Deadline
 from tandem.domain import ModelId, ReplicaTarget, Role
 from tandem.errors import InvalidRequestError, NotFoundError, PreconditionError, Reason, UnavailableError
 from tandem.membership import ServedModel, Snapshot
@@ -126,6 +128,24 @@ async def test_the_status_tells_targets_and_what_waits_for_each_model() -> None:
     assert [(queue.model, queue.queued_requests, queue.requests_total) for queue in message.queues] == [("m", 0, 0), ("n", 0, 0)]
     status = status_from_pb(message)
     assert (status.cluster, status.router_id, status.targets) == ("c", "r", (PREFILL,))
+
+
+async def test_the_status_counts_requests_that_are_held_for_a_models_first_replica() -> None:
+    bench = Bench("m")
+    held = asyncio.create_task(bench.shell.lease_for("m", Deadline(None)))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    message = await bench.service.get_status(control_pb2.GetStatusRequest(), CALL)
+    assert (message.queued_requests, message.queues[0].queued_requests) == (1, 1)
+    bench.shell.replica_seen(make_lease())
+    await held
+    assert (await bench.service.get_status(control_pb2.GetStatusRequest(), CALL)).queued_requests == 0
+
+
+async def test_a_model_scaled_to_zero_by_hand_can_be_given_replicas_again() -> None:
+    bench = Bench()
+    bench.view.take(Snapshot(generation="g", members=(), models=(ServedModel(model=ModelId("m"), is_held=False),)))
+    assert [item.replicas for item in await bench.set(target(replicas=1))] == [1]
 
 
 async def test_the_status_of_a_router_without_a_register_has_no_targets() -> None:

@@ -1,10 +1,12 @@
-"""Which cluster `tandem down` means."""
+"""Which cluster `tandem down` means, and which process."""
 
+import os
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tandem.down import choose_clusters
+from tandem.down import choose_clusters, try_up_process
 from tandem.endpoint import endpoint_folder, write_endpoint_file
 from tandem.errors import ConfigError, NotFoundError
 
@@ -53,3 +55,36 @@ def test_an_unknown_name_is_refused_with_the_known() -> None:
     write_endpoint_file("a", {})
     with pytest.raises(NotFoundError, match="no cluster 'x' here; there are: a"):
         choose_clusters("x", is_all=False)
+
+
+def _up_is_this_process(**more: object) -> None:
+    write_endpoint_file("a", {"pid": os.getpid(), **more})
+
+
+def test_the_process_that_wrote_the_endpoint_file_is_the_one_to_end() -> None:
+    _up_is_this_process(started=psutil.Process().create_time())
+    process = try_up_process("a")
+    assert process is not None
+    assert process.pid == os.getpid()
+
+
+@pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
+def test_another_process_with_the_same_pid_is_left_alone(off_s: float) -> None:
+    _up_is_this_process(started=psutil.Process().create_time() + off_s)
+    assert try_up_process("a") is None
+
+
+def test_without_a_start_time_the_command_line_must_name_the_program() -> None:
+    _up_is_this_process()
+    found = try_up_process("a")
+    assert (found is not None) == any("tandem" in part for part in psutil.Process().cmdline())
+
+
+@pytest.mark.parametrize("pid", [None, "7", 0, 1, -5, True, 2**22 + 1])
+def test_what_is_no_pid_of_a_process_is_passed_over(pid: object) -> None:
+    write_endpoint_file("a", {"pid": pid, "started": 1.0})
+    assert try_up_process("a") is None
+
+
+def test_without_an_endpoint_file_there_is_nothing_to_end() -> None:
+    assert try_up_process("a") is None

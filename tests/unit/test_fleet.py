@@ -136,3 +136,29 @@ def test_an_unknown_model_is_refused_with_the_names_of_the_held() -> None:
     fleet.hold([M])
     with pytest.raises(NotFoundError, match="served are: m"):
         fleet.lease_for("x")
+
+
+def test_a_model_that_cannot_start_is_refused_with_the_reason_while_no_replica_is_ready() -> None:
+    fleet = Fleet()
+    fleet.hold([M], {M: "weights are missing"})
+    assert fleet.awaited("m") is None
+    with pytest.raises(UnavailableError, match="weights are missing") as caught:
+        fleet.lease_for("")
+    assert (caught.value.reason, caught.value.retry_after_s) == (Reason.NO_REPLICA, 5.0)
+    fleet.see(make_lease(), 0.0)
+    assert fleet.refusal(M) is None
+    assert fleet.lease_for("m") == make_lease()
+    fleet.lose(ReplicaId("decode-0"), 1, 1.0)
+    with pytest.raises(UnavailableError, match="weights are missing"):
+        fleet.lease_for("m")
+    fleet.hold([M])
+    assert fleet.refusal(M) is None
+
+
+def test_a_model_that_is_configured_and_not_started_on_demand_is_known() -> None:
+    fleet = Fleet()
+    fleet.hold([], {M: "scaled to zero"})
+    assert fleet.models == ("m",)
+    assert not fleet.is_held(M)
+    with pytest.raises(UnavailableError, match="scaled to zero"):
+        fleet.lease_for("m")

@@ -8,7 +8,7 @@ import pytest
 from tandem.convert import sampling_from_pb
 from tandem.domain import Sampling, Slo, StructuredKind, StructuredOutput
 from tandem.errors import InvalidRequestError
-from tandem.generate_request import GenerateOptions, Prompt, prepare_request
+from tandem.generate_request import MAX_CHAT_MESSAGES, GenerateOptions, Prompt, prepare_request
 
 
 def prepared(prompt: Any = "x", **options: Any) -> Any:
@@ -139,3 +139,13 @@ def test_an_option_that_is_wrong_is_refused_by_name(options: dict[str, Any], fie
 def test_an_option_that_does_not_exist_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"'max_token'; the options are .*max_tokens"):
         prepared(max_token=3)
+
+
+def test_a_conversation_has_a_bound() -> None:
+    messages = [{"role": "user", "content": ""}] * MAX_CHAT_MESSAGES
+    assert len(prepared(messages).message.chat.messages) == MAX_CHAT_MESSAGES
+    assert refused_field([*messages, messages[0]]) == "prompt.chat"
+
+
+def test_a_time_out_of_ages_is_one_that_grpc_can_hold() -> None:
+    assert prepared(timeout_s=1e12).timeout_s == 1e8

@@ -2,8 +2,8 @@
 
 import pytest
 
-from router.ledger import Ledger, ReplicaLoad, Stamp, StampKind
-from tandem.domain import ReplicaId, RequestId, WorkerLoad
+from router.ledger import Ledger, ReplicaLoad
+from tandem.domain import ReplicaId, RequestId, Stamp, StampKind, WorkerLoad
 
 REPLICA = ReplicaId("decode-0")
 KEY = (RequestId("r1"), 1)

@@ -9,6 +9,7 @@ from router.openai_request import MAX_PROMPTS, Hints, OpenAiRequest, body_param,
 from tandem.convert import sampling_from_pb
 from tandem.domain import Sampling, Slo, StructuredKind, StructuredOutput
 from tandem.errors import InvalidRequestError
+from tandem.generate_request import MAX_CHAT_MESSAGES
 
 HINTS = Hints(request_id="r")
 
@@ -279,6 +280,20 @@ def test_a_header_that_is_no_time_is_named(name: str, value: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         read_hints({name: value}, "r")
     assert caught.value.field == name
+
+
+def test_requests_under_one_header_have_ids_of_their_own() -> None:
+    headers = {"x-request-id": "x" * 124}
+    made = [_completion(read_hints(headers, "x" * 124), prompt=["a"] * 128).messages[-1].request_id for _ in range(2)]
+    assert made[0] != made[1]
+    assert all(len(request_id) == 128 and request_id.startswith("xxx") and request_id.endswith("-127") for request_id in made)
+    assert _completion(read_hints({}, "made")).messages[0].request_id == "made"
+
+
+def test_a_conversation_of_too_many_messages_is_refused_with_the_limit() -> None:
+    messages = [{"role": "user", "content": ""}] * (MAX_CHAT_MESSAGES + 1)
+    with pytest.raises(InvalidRequestError, match=f"messages: must have at most {MAX_CHAT_MESSAGES} messages, got {len(messages)}"):
+        _chat(messages=messages)
 
 
 def test_only_a_valid_request_id_is_taken() -> None:

@@ -11,8 +11,8 @@ from tandem.domain import Chunk, FinishReason, Logprobs, Receipt, RequestId, Tok
 from tandem.v1 import common_pb2, inference_pb2
 
 
-def _name(token_id: int) -> str:
-    return f"<{token_id}>"
+def _name(token_id: int) -> bytes:
+    return b"<%d>" % token_id
 
 
 def _logprobs(sampled: int, *top: int) -> Logprobs:
@@ -76,9 +76,15 @@ def test_completion_logprobs_are_columns_whose_offsets_go_on_over_chunks() -> No
 
 def test_chat_logprobs_are_objects_with_bytes() -> None:
     message = common_pb2.Logprobs(sampled=common_pb2.TokenLogprob(token_id=5, logprob=-math.inf))
-    made = CHAT.choice(Output(index=0, logprobs=[message]), lambda _: "\u00e9", is_delta=False)["logprobs"]
+    made = CHAT.choice(Output(index=0, logprobs=[message]), lambda _: b"\xc3\xa9", is_delta=False)["logprobs"]
     assert made == {"content": [{"token": "\u00e9", "logprob": -9999.0, "bytes": [0xC3, 0xA9], "top_logprobs": []}]}
     assert json.loads(json.dumps(made)) == made
+
+
+def test_a_token_that_is_part_of_a_character_has_its_own_bytes() -> None:
+    message = common_pb2.Logprobs(sampled=common_pb2.TokenLogprob(token_id=5))
+    made = CHAT.choice(Output(index=0, logprobs=[message]), lambda _: b"\xc3", is_delta=False)["logprobs"]
+    assert (made["content"][0]["token"], made["content"][0]["bytes"]) == ("\ufffd", [0xC3])
 
 
 def test_usage_adds_up() -> None:

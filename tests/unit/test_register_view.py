@@ -99,9 +99,23 @@ def test_models_that_are_held_can_be_waited_for_and_stay_over_a_loss() -> None:
     bench = Bench()
     other = ServedModel(model=ModelId("other"), is_held=False)
     bench.take(models=(SERVED, other))
-    assert bench.shell.core.fleet.models == (MODEL,)
+    fleet = bench.shell.core.fleet
+    assert (fleet.is_held(MODEL), fleet.is_held(other.model)) == (True, False)
     bench.take(generation="g2")
-    assert bench.shell.core.fleet.is_held(MODEL)
+    assert fleet.is_held(MODEL)
+
+
+def test_requests_for_a_model_that_cannot_start_or_is_not_started_are_refused_with_the_reason() -> None:
+    bench = Bench()
+    broken = ServedModel(model=MODEL, is_held=True, error="weights are missing")
+    resting = ServedModel(model=ModelId("other"), is_held=False)
+    bench.take(models=(broken, resting))
+    for model, words in ((MODEL, "weights are missing"), (resting.model, "scaled to zero")):
+        error = bench.shell.core.fleet.refusal(model)
+        assert error is not None
+        assert words in error.message
+    bench.take(models=(SERVED, resting))
+    assert bench.shell.core.fleet.refusal(MODEL) is None
 
 
 def test_targets_are_the_last_ones_published() -> None:

@@ -6,8 +6,7 @@ import pytest
 
 from router.config import RouterConfig
 from router.instructions import Instruction
-from router.ledger import Stamp, StampKind
-from tandem.domain import ModelId, Receipt, ReplicaId, RequestId, WorkerLoad
+from tandem.domain import ModelId, Receipt, ReplicaId, RequestId, Stamp, StampKind, WorkerLoad
 from tandem.errors import DeadlineError, InvalidRequestError, NotFoundError, OverloadedError
 from tests.core_talk import LOST, R1, R2, R3, make_core, only_dispatch, only_reject, predicted_work, submit
 from tests.samples import make_request
@@ -87,7 +86,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     assert submit(core, "r2") == []
     error = only_reject(submit(core, "r3")).error
     assert isinstance(error, OverloadedError)
-    assert error.retry_after_s == core.retry_after_s() > 0.0
+    assert error.retry_after_s == core.retry_after_s(ModelId("m")) > 0.0
 
 
 def test_a_free_slot_goes_to_the_most_urgent_waiting_request() -> None:

@@ -2,8 +2,7 @@
 
 from router.config import RouterConfig
 from router.instructions import Abandon, Dispatch, Reject
-from router.ledger import Stamp, StampKind
-from tandem.domain import Receipt, ReplicaId, ReplicaState, Role, Sampling, WorkerLoad
+from tandem.domain import Receipt, ReplicaId, ReplicaState, Role, Sampling, Stamp, StampKind, WorkerLoad
 from tandem.errors import ProtocolError, Reason
 from tests.core_talk import LOST, R1, R2, make_core, only_dispatch, only_reject, predicted_work, submit
 from tests.samples import make_lease, make_request

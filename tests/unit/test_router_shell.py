@@ -13,7 +13,7 @@ from router.core import RouterCore
 from router.shell import Demand, RouterShell
 from tandem.deadline import Deadline
 from tandem.domain import Lease, ModelId, ReplicaId
-from tandem.errors import DeadlineError, InvalidRequestError, NotFoundError, Reason, UnavailableError
+from tandem.errors import DeadlineError, InvalidRequestError, NotFoundError, OverloadedError, Reason, UnavailableError
 from tandem.telemetry import RouterMetrics
 from tests.samples import make_lease, make_request
 
@@ -35,11 +35,18 @@ class Spent(Deadline):
 
 
 class Shell(RouterShell):
-    """At time 0 for ever; `wake_ups` counts calls of `on_demand`."""
+    """At time 0 until a test sets another; `wake_ups` counts calls of `on_demand`."""
 
-    def __init__(self, *, no_replica_wait_s: float = 5.0, cold_start_wait_s: float = 60.0) -> None:
-        config = RouterConfig(no_replica_wait_s=no_replica_wait_s, cold_start_wait_s=cold_start_wait_s)
-        super().__init__(config, RouterCore(config, Random(1)), RouterMetrics(CollectorRegistry()), lambda: 0.0)
+    def __init__(self, *, no_replica_wait_s: float = 5.0, cold_start_wait_s: float = 60.0, max_requests: int = 100) -> None:
+        config = RouterConfig(
+            no_replica_wait_s=no_replica_wait_s,
+            cold_start_wait_s=cold_start_wait_s,
+            max_queued_requests=max_requests,
+            max_running_requests=max_requests,
+        )
+        self.now_s = 0.0
+        self.registry = CollectorRegistry()
+        super().__init__(config, RouterCore(config, Random(1)), RouterMetrics(self.registry), lambda: self.now_s)
         self.wake_ups = 0
         self.on_demand = self._woken
 
@@ -71,13 +78,22 @@ async def test_a_request_for_a_held_model_is_demand_until_its_replica_comes() ->
     shell.models_held([M])
     task = await begun(shell.lease_for("m", NEVER))
     assert not task.done()
-    assert (shell.queued(), shell.wake_ups) == (1, 1)
+    assert (shell.queued(), shell.wake_ups, shell.queued_requests) == (1, 1, 1)
     shell.replica_seen(make_lease("other", model=N))
     await begun(shell.lease_for("n", NEVER))
     assert not task.done()
     shell.replica_seen(make_lease())
     assert (await task).model == "m"
-    assert (shell.queued(), shell.wake_ups) == (0, 1)
+    assert (shell.queued(), shell.wake_ups, shell.queued_requests) == (0, 1, 0)
+
+
+async def test_the_gauge_of_waiting_requests_counts_those_that_are_held() -> None:
+    shell = Shell()
+    shell.models_held([M])
+    task = await begun(shell.lease_for("m", NEVER))
+    shell._refresh_gauges()
+    assert shell.registry.get_sample_value("tandem_router_queued_requests") == 1.0
+    task.cancel()
 
 
 async def test_a_nameless_request_waits_for_the_only_held_model() -> None:
@@ -124,6 +140,36 @@ async def test_a_model_that_is_held_no_more_is_told_at_once() -> None:
     with pytest.raises(NotFoundError, match="served are: n"):
         await task
     assert shell.queued() == 0
+
+
+async def test_who_waits_for_a_model_is_told_at_once_that_it_cannot_start() -> None:
+    shell = Shell()
+    shell.models_held([M])
+    task = await begun(shell.lease_for("m", NEVER))
+    shell.models_held([M], {M: "weights are missing"})
+    with pytest.raises(UnavailableError, match="weights are missing"):
+        await task
+    with pytest.raises(UnavailableError, match="weights are missing"):
+        await shell.lease_for("m", NEVER)
+
+
+async def test_a_refused_request_is_demand_for_a_while_so_that_the_start_is_tried_again() -> None:
+    shell = Shell()
+    shell.models_held([M], {M: "weights are missing"})
+    assert shell.queued() == 0
+    with pytest.raises(UnavailableError):
+        await shell.lease_for("m", NEVER)
+    assert (shell.queued(), shell.wake_ups) == (1, 1)
+    shell.now_s = 5.0
+    assert shell.queued() == 0
+
+
+async def test_a_refused_request_for_a_model_that_nobody_starts_is_no_demand() -> None:
+    shell = Shell()
+    shell.models_held([], {M: "scaled to zero"})
+    with pytest.raises(UnavailableError):
+        await shell.lease_for("m", NEVER)
+    assert (shell.queued(), shell.wake_ups) == (0, 0)
 
 
 async def test_an_unknown_model_is_refused_at_once() -> None:
@@ -177,3 +223,23 @@ async def test_a_request_that_is_served_wakes_nobody() -> None:
     shell.replica_seen(make_lease())
     shell.close(shell.submit(make_request(), [], NEVER))
     assert shell.wake_ups == 0
+
+
+def test_calls_held_for_one_model_refuse_nobody_who_wants_another() -> None:
+    shell = Shell(max_requests=1)
+    shell.models_held([M, N])
+    with shell.call("m"), shell.call("m"):
+        with pytest.raises(OverloadedError, match="2 calls for model 'm' are being served, the limit is 2") as caught, shell.call("m"):
+            pass
+        assert caught.value.retry_after_s == 60.0
+        with (
+            shell.call("n"),
+            shell.call("x"),
+            shell.call("y"),
+            pytest.raises(OverloadedError, match="2 calls for unknown models"),
+            shell.call("z"),
+        ):
+            pass
+    with shell.call("m"):
+        pass
+    assert not shell._calls

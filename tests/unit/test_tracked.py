@@ -10,7 +10,7 @@ from tests.samples import make_lease, make_request
 
 def _tracked(sampling: Sampling | None = None, deadline_s: float | None = None, expected: int | None = None) -> Tracked:
     request = make_request(sampling=sampling, expected_output_tokens=expected)
-    tracked = Tracked(request=request, block_hashes=(), deadline_s=deadline_s, predicted_queue_s=0.0, queued_since_s=0.0)
+    tracked = Tracked(request=request, block_hashes=(), deadline_s=deadline_s, predicted_queue_s=0.0)
     tracked.attempt = 1
     return tracked
 

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from tandem.domain import ReplicaState
+from tandem.domain import ReplicaState, RequestId, Stamp, StampKind
 from tandem.errors import Reason, UnavailableError
-from tandem.worker_state import Stamp, StampKind, WorkerState
+from tandem.worker_state import WorkerState
 from tests.samples import make_lease
 
 MINUTE_S = 60.0
@@ -17,7 +17,7 @@ def make_state() -> WorkerState:
 
 
 def stamp(kind: StampKind, request_id: str = "r", attempt: int = 1) -> Stamp:
-    return Stamp(request_id=request_id, attempt=attempt, kind=kind)
+    return Stamp(request_id=RequestId(request_id), attempt=attempt, kind=kind)
 
 
 def test_an_attempt_counts_for_as_long_as_it_runs() -> None:
