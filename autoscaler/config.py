@@ -20,6 +20,7 @@ class PoolLimits:
     min_replicas: int = 1  # 0 lets the pool go to zero when the model is idle
     max_replicas: int = 4
     initial_replicas: int = 1  # in an empty cluster, and when demand wakes the pool
+    inherited_replicas: int | None = None  # the target of the leader before; None: there was none
 
     @property
     def key(self) -> PoolKey:

@@ -196,7 +196,7 @@ class Autoscaler:
     async def _reign(self) -> None:
         """A tick at each wake-up, as long as it leads."""
         config = self._config
-        core = ScalerCore(_limits(config), read_section(ScalerConfig, config.scaler, "scaler."))
+        core = ScalerCore(_limits(config, await self._last_targets()), read_section(ScalerConfig, config.scaler, "scaler."))
         pool = RayPool({Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}, NodeAgent, config, self._redis_url, self._changed)
         observer = Observer(self._register, self._channels)
         refreshed_s, pause_s = 0.0, _TICK_S
@@ -230,6 +230,13 @@ class Autoscaler:
                 reconciler.abandon()
                 pool.close()
 
+    async def _last_targets(self) -> Sequence[ReplicaTarget]:
+        """Of the leader before, where the register knows."""
+        try:
+            return (await self._register.snapshot()).targets
+        except TandemError:
+            return ()
+
     async def _tick(self, pool: RayPool, core: ScalerCore, observer: Observer, reconciler: Reconciler) -> Observation:
         await reconciler.clear()
         observation = await observer.observe(pool.replicas.values(), reconciler.leaving)
@@ -260,13 +267,21 @@ class Autoscaler:
             logger.warning("publish_failed error=%s", error.message)
 
 
-def _limits(config: ClusterConfig) -> list[PoolLimits]:
-    """Every pool's bounds."""
+def _limits(config: ClusterConfig, targets: Sequence[ReplicaTarget]) -> list[PoolLimits]:
+    """Every pool's bounds, and what the leader before wanted."""
+    inherited = {(target.model, target.role): target.replicas for target in targets}
     limits = []
     for model in config.models:
         for role in Role:
             low, high = model.bounds(role)
             limits.append(
-                PoolLimits(model=model_name(model), role=role, min_replicas=low, max_replicas=high, initial_replicas=model.replicas(role))
+                PoolLimits(
+                    model=model_name(model),
+                    role=role,
+                    min_replicas=low,
+                    max_replicas=high,
+                    initial_replicas=model.replicas(role),
+                    inherited_replicas=inherited.get((model_name(model), role)),
+                )
             )
     return limits

@@ -150,12 +150,15 @@ class PoolRules:
     # Inside.
 
     def _take_over(self, view: PoolView, now_s: float) -> None:
-        """From the replicas that are there; a pool that was empty at first gets its initial count, whatever a hold has started of it."""
-        wanted = view.live
-        if self._control is _Control.UNKNOWN:
+        """From the target of the leader before, else from what is there; a pool that was empty at first gets its initial count."""
+        wanted, inherited = view.live, self.limits.inherited_replicas
+        is_first = self._control is _Control.UNKNOWN
+        if is_first and inherited is not None:
+            wanted = max(self._wanted, inherited)
+        elif is_first:  # whatever a hold has started of it
             wanted = max(self._wanted, view.live, self.limits.initial_replicas if self._began_empty else 0)
         self._control = _Control.AUTOMATIC
-        reason = DecisionReason.INITIAL if wanted > view.live else DecisionReason.ADOPTED
+        reason = DecisionReason.INITIAL if inherited is None and wanted > view.live else DecisionReason.ADOPTED
         bounded = self._bounded(wanted)
         if bounded != wanted:
             reason = DecisionReason.MINIMUM if bounded > wanted else DecisionReason.MAXIMUM

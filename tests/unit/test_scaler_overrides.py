@@ -1,5 +1,7 @@
 """What goes before the automatic rules: targets set by hand, missing data, starts that fail."""
 
+from dataclasses import replace
+
 import pytest
 
 from autoscaler.config import ScalerConfig
@@ -48,6 +50,13 @@ def test_without_its_target_the_pool_goes_on_from_the_current_count() -> None:
     scaler.see(replicas(1), replicas(1), manual=[by_hand(D, 6)])
     plan = scaler.see(replicas(1), [*replicas(2), *replicas(1, STARTING)])
     assert (plan[D].replicas, plan[D].reason) == (3, DecisionReason.ADOPTED)
+
+
+@pytest.mark.parametrize("inherited", [0, 3])
+def test_a_new_leader_goes_on_with_the_target_of_the_one_before(inherited: int) -> None:
+    pools = [replace(limits(role, low=0), inherited_replicas=inherited) for role in (P, D)]
+    plan = Scaler(*pools).see()
+    assert [(plan[role].replicas, plan[role].reason) for role in (P, D)] == 2 * [(inherited, DecisionReason.ADOPTED)]
 
 
 def test_missing_data_hold_every_pool() -> None:
