@@ -110,5 +110,6 @@ def _connect(address: str, config: ClusterConfig) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a log line."""
+    """What an error says, short enough for a log line; of an actor's own error, what that says."""
+    error = getattr(error, "cause", None) or error
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

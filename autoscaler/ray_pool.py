@@ -21,6 +21,7 @@ from tandem.cluster_config import ClusterConfig
 from tandem.config import EngineConfig, ReplicaConfig
 from tandem.domain import ReplicaId, Role
 from tandem.errors import Reason, UnavailableError
+from tandem.fingerprint import code_fingerprint
 from tandem.model_memory import replica_memory_bytes
 from tandem.node_folder import LOCAL_NODE
 from tandem.supervisor import SupervisedState
@@ -185,7 +186,7 @@ class RayPool:
             "num_cpus": 0,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
         }
-        arguments = (self._config.to_json(), node, self._redis_url)
+        arguments = (self._config.to_json(), node, self._redis_url, code_fingerprint())
         pause_s = _PAUSE_S
         try:
             actor = await ask_ray(lambda: self._agent.options(**options).remote(*arguments))

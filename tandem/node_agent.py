@@ -17,6 +17,7 @@ import ray
 
 from tandem.cluster_config import ClusterConfig, cluster_config_from_json
 from tandem.engine.environment import has_cuda
+from tandem.fingerprint import code_fingerprint
 from tandem.launch import remove_folder
 from tandem.membership import REGISTER_URL
 from tandem.network import advertised_host, is_loopback
@@ -95,12 +96,13 @@ class Daemon:
 class NodeAgent:
     """Keeps the daemons of node `node` alive."""
 
-    def __init__(self, cluster_json: str, node: str, redis_url: str) -> None:
+    def __init__(self, cluster_json: str, node: str, redis_url: str, fingerprint: str) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = cluster_config_from_json(cluster_json)
         self._folder = NodeFolder(self._config.cluster, node)
         self._host = _host(self._config)
         self._redis_url = redis_url
+        self._fingerprint = fingerprint  # of the autoscaler's code
         self._tether: int | None = None
         self._daemons: list[Daemon] = []
         self._keepers: list[asyncio.Task[None]] = []
@@ -130,6 +132,11 @@ class NodeAgent:
     async def _start(self) -> None:
         """May be called again where it failed: what runs stays."""
         self._folder.make()
+        if self._fingerprint != code_fingerprint():
+            error = f"node {self._folder.node} ({self._host}) has another version of Tandem: install the same on all nodes of Ray"
+            logger.error("other_code node=%s ours=%s theirs=%s", self._folder.node, code_fingerprint(), self._fingerprint)
+            self._folder.write_facts(NodeFacts(node=self._folder.node, host=self._host, store_dir="", store_address="", error=error))
+            return
         address_file = self._folder.path / "store.address"
         async with asyncio.timeout(_STORE_START_S):
             if self._tether is None:

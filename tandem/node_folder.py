@@ -37,6 +37,7 @@ class NodeFacts:
     host: str  # where its processes listen, and what others call them
     store_dir: str
     store_address: str
+    error: str = ""  # why no replica may run here
 
 
 class NodeFolder:

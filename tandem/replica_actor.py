@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from tandem.config import ReplicaConfig, replica_config_from_json
 from tandem.engine.environment import has_cuda
+from tandem.errors import ConfigError
 from tandem.launch import spawn_replica
 from tandem.node_folder import NodeFacts, NodeFolder
 from tandem.polling import poll_until
@@ -67,6 +68,9 @@ def _complete(config: ReplicaConfig, folder: NodeFolder, facts: NodeFacts) -> Re
 
 
 async def _facts(folder: NodeFolder) -> NodeFacts:
-    """What the node's agent wrote; it may still be starting. Raises TimeoutError, which fails the actor."""
+    """What the node's agent wrote; it may still be starting. Raises TimeoutError or ConfigError, which fail the actor."""
     async with asyncio.timeout(_FACTS_WAIT_S):
-        return await poll_until(folder.try_read_facts, _POLL_S)
+        facts = await poll_until(folder.try_read_facts, _POLL_S)
+    if facts.error:
+        raise ConfigError(facts.error)
+    return facts

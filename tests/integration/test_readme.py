@@ -45,9 +45,9 @@ async def test_every_command_works(cluster: Cluster) -> None:
         assert output.strip(), command
 
 
-async def test_the_python_example_works(cluster: Cluster) -> None:
-    (example,) = blocks("python")
-    status, output, errors = await run(cluster, sys.executable, "-c", example)
+@pytest.mark.parametrize("example", blocks("python"), ids=["tandem", "openai"])
+async def test_a_python_example_works(cluster: Cluster, example: str) -> None:
+    status, output, errors = await run(cluster, sys.executable, "-c", example.replace("127.0.0.1:8480", cluster.platform.http_address))
     assert status == 0, errors
     assert len(output) > 50
 

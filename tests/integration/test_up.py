@@ -1,6 +1,7 @@
 """`tandem up` as a user runs it: ready, used, stopped in every way, and nothing left behind. And what goes wrong at the start."""
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -155,6 +156,25 @@ def test_a_redis_that_is_not_there(user: Path) -> None:
 def test_a_ray_that_is_not_there(user: Path) -> None:
     line = fails(user, *ANY_PORTS, environment={"RAY_ADDRESS": "127.0.0.1:1"})
     assert "RAY_ADDRESS needs a REDIS_URL" in line
+
+
+def test_a_ray_that_does_not_answer(user: Path) -> None:
+    environment = {"RAY_ADDRESS": "127.0.0.1:1", "REDIS_URL": "redis://127.0.0.1:1/0"}
+    assert "RAY_ADDRESS '127.0.0.1:1': no Ray cluster answers there" in fails(user, *ANY_PORTS, environment=environment)
+    assert "is not HOST:PORT" in fails(user, *ANY_PORTS, environment={**environment, "RAY_ADDRESS": "auto"})
+
+
+def test_more_replicas_than_cpus(user: Path) -> None:
+    assert "CPUs and this machine has" in fails(user, *ANY_PORTS, f"--decode={5 * (os.cpu_count() or 1)}")
+
+
+def test_what_a_killed_run_left_is_no_cluster_that_runs(user: Path) -> None:
+    cluster = f"left-{secrets.token_hex(3)}"
+    (user / "tandem" / cluster / "redis").mkdir(parents=True)
+    Path(f"/dev/shm/tandem-{cluster}").mkdir()
+    line = fails(user, *ANY_PORTS, f"--cluster={cluster}", environment={"REDIS_URL": "nonsense"})
+    assert "REDIS_URL" in line  # and not that it runs already
+    assert is_clean(cluster, user)
 
 
 def test_more_replicas_than_memory_holds(user: Path) -> None:
