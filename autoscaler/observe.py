@@ -15,7 +15,7 @@ import grpc.aio
 
 from autoscaler.observation import ModelDemand, Observation, PoolKey, ReplicaObservation
 from autoscaler.pool import PoolReplica
-from tandem.cluster_view import ClusterStatus, ReplicaStatus, status_from_pb
+from tandem.cluster_view import ClusterStatus, ModelQueue, ReplicaStatus, status_from_pb
 from tandem.domain import ModelId, ReplicaId, ReplicaState, ReplicaTarget
 from tandem.errors import TandemError
 from tandem.membership import REFILL_S, Member, MemberKind, Register
@@ -58,9 +58,9 @@ class Observer:
         routers = [member for member in snapshot.members if member.kind is MemberKind.ROUTER]
         answers = await asyncio.gather(*(self._ask(router) for router in routers))
         heard = {router.member_id: answer for router, answer in zip(routers, answers, strict=True) if answer is not None}
-        statuses = [status for status, _ in heard.values()]
-        queues = [queue for _, router_queues in heard.values() for queue in router_queues]
-        recent = self._recent({router_id: router_queues for router_id, (_, router_queues) in heard.items()})
+        statuses = list(heard.values())
+        queues = [queue for status in statuses for queue in status.queues]
+        recent = self._recent({router_id: status.queues for router_id, status in heard.items()})
         self._served = {router.member_id: self._served[router.member_id] for router in routers if router.member_id in self._served}
         is_complete = bool(routers) and len(statuses) == len(routers) and self._clock() >= self._complete_s
         return merge(replicas, leaving, statuses, queues, recent, manual=manual, is_complete=is_complete)
@@ -78,7 +78,7 @@ class Observer:
             await self._register.set_manual_targets(left)
             logger.warning("manual_targets_restored targets=%d", len(left))
 
-    async def _ask(self, router: Member) -> tuple[ClusterStatus, Sequence[control_pb2.ModelQueue]] | None:
+    async def _ask(self, router: Member) -> ClusterStatus | None:
         try:
             message = await call(
                 self._channel(router.address),
@@ -87,16 +87,16 @@ class Observer:
                 control_pb2.GetStatusResponse,
                 timeout_s=_ROUTER_S,
             )
-            return status_from_pb(message), message.queues
+            return status_from_pb(message)
         except TandemError as error:
             logger.warning("router_silent router=%s error=%s", router.member_id, error.message)
             return None
 
-    def _recent(self, heard: Mapping[str, Sequence[control_pb2.ModelQueue]]) -> Counter[ModelId]:
+    def _recent(self, heard: Mapping[str, Sequence[ModelQueue]]) -> Counter[ModelId]:
         """Requests accepted since each router was last heard, by model; a router that restarted counts from zero."""
         recent: Counter[ModelId] = Counter()
         for router_id, queues in heard.items():
-            now = Counter({ModelId(queue.model): queue.requests_total for queue in queues})
+            now = Counter({queue.model: queue.requests_total for queue in queues})
             before = self._served.get(router_id, now)
             self._served[router_id] = now
             for model, total in now.items():
@@ -108,7 +108,7 @@ def merge(
     replicas: Iterable[PoolReplica],
     leaving: Iterable[ReplicaId],
     statuses: Sequence[ClusterStatus],
-    queues: Sequence[control_pb2.ModelQueue],
+    queues: Sequence[ModelQueue],
     recent: Mapping[ModelId, int],
     *,
     manual: Sequence[ReplicaTarget],

@@ -48,12 +48,17 @@ class Reconciler:
         self._drain_s = drain_s
         self._drain_poll_s = drain_poll_s
         self._leaving: dict[ReplicaId, asyncio.Task[None]] = {}
-        self.errors: dict[ModelId, str] = {}  # why a model's replicas do not start, until one does
+        self._failures: dict[ModelId, list[str]] = {}  # starts in a row, and what was said; none while a replica runs
 
     @property
     def leaving(self) -> Set[ReplicaId]:
         """Replicas on their way out."""
         return self._leaving.keys()
+
+    @property
+    def errors(self) -> dict[ModelId, str]:
+        """Why a model's replicas do not start, until one does. One failure alone may be an accident."""
+        return {model: words[-1] for model, words in self._failures.items() if len(words) > 1}
 
     def abandon(self) -> None:
         """Leaves what it was about to the next leader."""
@@ -65,13 +70,12 @@ class Reconciler:
         replicas = list(self._pool.replicas.values())
         for replica in replicas:
             if replica.state is SupervisedState.RUNNING:
-                self.errors.pop(replica.key.model, None)
+                self._failures.pop(replica.key.model, None)
         for replica in replicas:
             if replica.state in _OVER and replica.replica_id not in self._leaving:
                 logger.warning("replica_cleared replica_id=%s state=%s error=%s", replica.replica_id, replica.state, replica.error)
                 if replica.state is SupervisedState.FAILED:
-                    self.errors[replica.key.model] = replica.error
-                    self._on_start_failed(replica.key)
+                    self._start_failed(replica.key, replica.error)
                 await self._pool.remove(replica.replica_id)
 
     async def converge(self, plan: Plan, observation: Observation) -> None:
@@ -96,9 +100,12 @@ class Reconciler:
                 await self._pool.add(decision.key, replica_id)
             except TandemError as error:
                 logger.warning("replica_not_started replica_id=%s error=%s", replica_id, error.message)
-                self.errors[decision.model] = error.message
-                self._on_start_failed(decision.key)
+                self._start_failed(decision.key, error.message)
                 return
+
+    def _start_failed(self, key: PoolKey, error: str) -> None:
+        self._failures[key.model] = [*self._failures.get(key.model, ())[-1:], error]
+        self._on_start_failed(key)
 
     def _leave(self, replica: PoolReplica | None) -> None:
         if replica is None or replica.replica_id in self._leaving:

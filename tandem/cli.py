@@ -152,7 +152,7 @@ def top(
 
     from rich.live import Live
 
-    from tandem.cli_report import rates_caption, status_table
+    from tandem.cli_report import pools_caption, rates_caption, status_table
     from tandem.sync_client import Client
 
     with Client(endpoint) as client, Live(console=_console(), auto_refresh=False) as live:
@@ -160,7 +160,7 @@ def top(
         while True:
             found, now_s = client.status(), time.monotonic()
             table = status_table(found)
-            table.caption = rates_caption(before, found, now_s - before_s)
+            table.caption = "\n".join(filter(None, (pools_caption(found), rates_caption(before, found, now_s - before_s))))
             live.update(table, refresh=True)
             before, before_s = found, now_s
             time.sleep(interval_s)

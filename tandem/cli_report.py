@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from tandem.cluster_view import ClusterStatus, ModelCard, ReplicaStatus
 from tandem.completion import Completion
-from tandem.domain import ModelId, Receipt, ReplicaTarget, Role
+from tandem.domain import ModelId, Receipt, ReplicaState, ReplicaTarget, Role
 from tandem.errors import ConfigError
 
 
@@ -76,7 +77,21 @@ def status_table(status: ClusterStatus) -> Table:
         table.add_column(heading, justify="right")
     for replica in status.replicas:
         table.add_row(*_status_row(replica))
+    table.caption = pools_caption(status)
     return table
+
+
+def pools_caption(status: ClusterStatus) -> str:
+    """Each pool's replicas of those wanted, and what waits; "" where no autoscaler has said what it wants."""
+    serving = (item.lease for item in status.replicas if item.is_reachable and item.lease.state is ReplicaState.READY)
+    ready = Counter((lease.model, lease.role) for lease in serving)
+    queued = {queue.model: queue.queued_requests for queue in status.queues if queue.queued_requests}
+    models: dict[ModelId, list[str]] = {}
+    for target in status.targets:
+        models.setdefault(target.model, []).append(f"{target.role} {ready[target.model, target.role]} of {target.replicas}")
+    return "\n".join(
+        f"{model}: {', '.join(pools)}" + (f", {queued[model]} queued" if model in queued else "") for model, pools in models.items()
+    )
 
 
 def _status_row(replica: ReplicaStatus) -> tuple[str, ...]:
@@ -110,5 +125,4 @@ def rates_caption(before: ClusterStatus, now: ClusterStatus, passed_s: float) ->
         for item in now.replicas
         if (key := (item.lease.replica_id, item.lease.incarnation)) in past
     ]
-    targets = ", ".join(f"{target.model} {target.role}={target.replicas}" for target in now.targets)
-    return f"{sum(made) / passed_s if passed_s > 0 else 0.0:.1f} tokens/s" + (f"; targets: {targets}" if targets else "")
+    return f"{sum(made) / passed_s if passed_s > 0 else 0.0:.1f} tokens/s"

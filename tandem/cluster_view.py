@@ -32,6 +32,16 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelQueue:
+    """What waits in a router for one model, requests held for a replica that is still to start included."""
+
+    model: ModelId
+    queued_requests: int = 0
+    queued_work_s: float = 0.0  # predicted seconds of prefill
+    requests_total: int = 0  # accepted since the router started
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """The cluster at a glance, by one router."""
 
@@ -41,6 +51,7 @@ class ClusterStatus:
     running_requests: int
     replicas: tuple[ReplicaStatus, ...]
     targets: tuple[ReplicaTarget, ...]
+    queues: tuple[ModelQueue, ...] = ()  # by model
 
 
 def models_from_pb(message: inference_pb2.ListModelsResponse) -> tuple[ModelCard, ...]:
@@ -56,7 +67,8 @@ def status_from_pb(message: control_pb2.GetStatusResponse) -> ClusterStatus:
     ]
     replicas.sort(key=lambda replica: (replica.lease.model, replica.lease.role, replica.lease.replica_id))
     targets = tuple(from_message(ReplicaTarget, target, role=role_from_pb(target.role)) for target in message.targets)
-    return from_message(ClusterStatus, message, replicas=tuple(replicas), targets=targets)
+    queues = tuple(from_message(ModelQueue, queue) for queue in message.queues)
+    return from_message(ClusterStatus, message, replicas=tuple(replicas), targets=targets, queues=queues)
 
 
 def targets_to_pb(targets: Sequence[ReplicaTarget]) -> control_pb2.SetTargetRequest:

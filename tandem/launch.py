@@ -13,12 +13,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from tandem.config import ReplicaConfig
 from tandem.engine.environment import set_engine_environment
 from tandem.errors import ConfigError, Reason
+from tandem.membership import REGISTER_URL
 from tandem.parenthood import die_with_parent
 
 _STOP_S = 10.0
@@ -118,7 +120,7 @@ class ReplicaProcess:
 async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
     """Starts a replica in a fresh interpreter (CUDA, or no zygote); it must import everything first. Raises ConfigError."""
     ours, theirs = socket.socketpair()
-    environment = dict(os.environ)
+    environment = {**os.environ, REGISTER_URL: config.redis_url}
     set_engine_environment(environment)
     with theirs:
         replica = ReplicaProcess(config, *await asyncio.open_connection(sock=ours))
@@ -128,7 +130,7 @@ async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
                     sys.executable,
                     "-m",
                     f"{config.role}_workers",
-                    f"--config-json={config.to_json()}",
+                    f"--config-json={replace(config, redis_url='').to_json()}",
                     f"--lifeline-fd={theirs.fileno()}",
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,

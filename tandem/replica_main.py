@@ -5,12 +5,13 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from tandem.config import EngineConfig, ReplicaConfig, replica_config_from_json
 from tandem.domain import Role
 from tandem.engine.environment import set_engine_environment
+from tandem.membership import REGISTER_URL
 
 
 def main(role: Role) -> None:
@@ -37,7 +38,8 @@ def main(role: Role) -> None:
     from tandem.replica import main_with_errors
 
     if args.config_json:
-        sys.exit(main_with_errors(replica_config_from_json(args.config_json), args.lifeline_fd))
+        whole = replica_config_from_json(args.config_json)
+        sys.exit(main_with_errors(replace(whole, redis_url=os.environ.get(REGISTER_URL, "")), args.lifeline_fd))
     with tempfile.TemporaryDirectory(prefix="tandem-") as runtime_dir:
         config = ReplicaConfig(
             replica_id=args.replica_id,

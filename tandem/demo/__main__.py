@@ -104,6 +104,8 @@ class Cluster:
         sizes: Counter[str] = Counter()
         for process in self.processes():
             sizes[process.kind] += _pss_bytes(process.pid)
+        if self._up is not None:
+            sizes["up"] += _pss_bytes(self._up.pid)
         return {**{kind: size / 1e6 for kind, size in sorted(sizes.items())}, "total": sum(sizes.values()) / 1e6}
 
     def processes(self) -> list[ClusterProcess]:

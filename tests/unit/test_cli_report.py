@@ -1,10 +1,12 @@
 """What the command line reads as targets and says of rates."""
 
+from dataclasses import replace
+
 import pytest
 
-from tandem.cli_report import parse_target, rates_caption
-from tandem.cluster_view import ClusterStatus, ReplicaStatus
-from tandem.domain import ModelId, ReplicaTarget, Role, WorkerLoad
+from tandem.cli_report import parse_target, pools_caption, rates_caption
+from tandem.cluster_view import ClusterStatus, ModelQueue, ReplicaStatus
+from tandem.domain import ModelId, ReplicaState, ReplicaTarget, Role, WorkerLoad
 from tandem.errors import ConfigError
 from tests.samples import make_lease
 
@@ -48,6 +50,14 @@ def test_two_looks_at_once_make_no_rate() -> None:
     assert rates_caption(status(view("a", 1)), status(view("a", 2)), 0.0) == "0.0 tokens/s"
 
 
-def test_targets_are_told_beside_the_rate() -> None:
+def test_pools_are_told_with_what_is_wanted_and_what_waits() -> None:
     targets = (ReplicaTarget(model=M, role=Role.PREFILL, replicas=1), ReplicaTarget(model=M, role=Role.DECODE, replicas=3))
-    assert rates_caption(status(), status(targets=targets), 1.0) == "0.0 tokens/s; targets: m prefill=1, m decode=3"
+    found = replace(status(targets=targets), queues=(ModelQueue(model=M, queued_requests=2), ModelQueue(model=ModelId("n"))))
+    assert pools_caption(found) == "m: prefill 0 of 1, decode 0 of 3, 2 queued"
+    lease = replace(make_lease("a"), role=Role.DECODE, model=M, state=ReplicaState.READY)
+    served = replace(found, replicas=(replace(view("a", 0), lease=lease),), queues=())
+    assert pools_caption(served) == "m: prefill 0 of 1, decode 1 of 3"
+
+
+def test_without_targets_nothing_is_told_of_pools() -> None:
+    assert pools_caption(status(view("a", 1))) == ""

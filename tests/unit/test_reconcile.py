@@ -238,17 +238,27 @@ async def test_what_ends_while_it_leaves_is_left_to_its_drain() -> None:
 
 
 @pytest.mark.parametrize("names", [("m-decode-0", "m-decode-1"), ("m-decode-1", "m-decode-0")])
-async def test_why_a_replica_does_not_start_is_told_until_one_runs_whatever_their_order(names: tuple[str, str]) -> None:
+async def test_why_replicas_do_not_start_is_told_until_one_runs_whatever_their_order(names: tuple[str, str]) -> None:
     async with bench(*names) as made:
-        made.pool.set("m-decode-1", FAILED, "no such model")
+        for name in names:
+            made.pool.set(name, FAILED, "no such model")
         await made.reconciler.clear()
         assert made.reconciler.errors == {POOL.model: "no such model"}
+        await made.converge(1, [])
         await made.reconciler.clear()
         assert made.reconciler.errors == {}
 
 
-async def test_why_a_start_was_refused_is_told() -> None:
+async def test_one_start_that_fails_may_be_an_accident() -> None:
+    async with bench("m-decode-0") as made:
+        made.pool.set("m-decode-0", FAILED, "killed")
+        await made.reconciler.clear()
+        assert made.reconciler.errors == {}
+
+
+async def test_why_starts_were_refused_is_told() -> None:
     async with bench() as made:
         made.pool.refuses_after = 0
+        await made.converge(1, [])
         await made.converge(1, [])
         assert made.reconciler.errors == {POOL.model: "no room"}

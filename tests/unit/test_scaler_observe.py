@@ -8,7 +8,7 @@ import pytest
 from autoscaler.observation import ModelDemand, Observation, PoolKey, ReplicaObservation
 from autoscaler.observe import Observer, merge
 from autoscaler.pool import PoolReplica
-from tandem.cluster_view import ClusterStatus, ReplicaStatus
+from tandem.cluster_view import ClusterStatus, ModelQueue, ReplicaStatus
 from tandem.convert import lease_to_pb, load_to_pb
 from tandem.domain import Lease, ModelId, ReplicaId, ReplicaState, ReplicaTarget, Role, WorkerLoad
 from tandem.errors import Reason, UnavailableError
@@ -100,9 +100,9 @@ def test_the_load_of_a_replica_is_at_most_one() -> None:
 
 def test_demand_is_added_up_over_routers_and_models_are_in_order() -> None:
     queues = [
-        control_pb2.ModelQueue(model="n", queued_requests=1),
-        control_pb2.ModelQueue(model="m", queued_requests=1, queued_work_s=0.5),
-        control_pb2.ModelQueue(model="m", queued_requests=2, queued_work_s=0.25),
+        ModelQueue(model=ModelId("n"), queued_requests=1),
+        ModelQueue(model=M, queued_requests=1, queued_work_s=0.5),
+        ModelQueue(model=M, queued_requests=2, queued_work_s=0.25),
     ]
     assert merge((), (), (), queues, {M: 7}, manual=(), is_complete=True).demands == (
         ModelDemand(model=M, queued_requests=3, queued_work_s=0.75, recent_requests=7),
