@@ -34,7 +34,7 @@ from tandem.demo.checks import (
     timings,
     verdict,
 )
-from tandem.domain import Lease, ModelId, ReplicaTarget, Role
+from tandem.domain import Lease, ModelId, ReplicaState, ReplicaTarget, Role
 from tandem.endpoint import read_endpoint_file
 from tandem.node_folder import NodeFolder, cluster_folder, shm_folder
 from tandem.supervisor import ReplicaSupervisor
@@ -253,11 +253,15 @@ async def wait_for_decode(client: tandem.AsyncClient, is_so: Callable[[list[Leas
     return leases
 
 
-async def decode_leases(client: tandem.AsyncClient) -> list[Lease]:
-    """Decode replicas that serve now."""
+async def ready_leases(client: tandem.AsyncClient) -> list[Lease]:
+    """Replicas that serve now."""
     status = await client.status()
-    ready = [replica.lease for replica in status.replicas if replica.is_reachable and replica.lease.state == "ready"]
-    return [lease for lease in ready if lease.role is Role.DECODE]
+    return [replica.lease for replica in status.replicas if replica.is_reachable and replica.lease.state is ReplicaState.READY]
+
+
+async def decode_leases(client: tandem.AsyncClient) -> list[Lease]:
+    """Those of them that decode."""
+    return [lease for lease in await ready_leases(client) if lease.role is Role.DECODE]
 
 
 def decode_target(replicas: int) -> ReplicaTarget:
@@ -267,7 +271,7 @@ def decode_target(replicas: int) -> ReplicaTarget:
 
 async def hold_back(cluster: Cluster, client: tandem.AsyncClient, prompts: Prompts) -> dict[str, object]:
     """Whether the first token leaves before any KV has moved: TTFT of a pair whose transfers wait, against the ordinary pair."""
-    leases = {replica.lease.role: replica.lease for replica in (await client.status()).replicas}
+    leases = {lease.role: lease for lease in await ready_leases(client)}
     decode, prefill = leases[Role.DECODE], leases[Role.PREFILL]
     async with beside(cluster.node(), Role.PREFILL, "held-prefill", faults=f"kv_publish.delay_s={_HELD_BACK_S}") as replica:
         usual, held = DirectCaller(decode, [prefill]), DirectCaller(decode, [await replica.wait_running()])
