@@ -51,9 +51,11 @@ def main() -> None:
 def _import_all() -> None:
     """Everything a replica needs. Imported here and not above, so that a bad command line is told at once."""
     import kv_transfer.connector  # noqa: F401
-    import tandem.engine.preload
     import tandem.redis_register  # 0.15 s of a replica's loop where it is imported after the fork
     import tandem.replica  # noqa: F401
+    from tandem.engine.preload import register_kernels
+
+    register_kernels()
 
 
 class Zygote:

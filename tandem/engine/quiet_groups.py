@@ -19,8 +19,12 @@ def quiet_process_groups() -> int:
     is_needed = torch.distributed.get_backend() != "gloo"
     for reference in parallel_state._groups.values():
         coordinator = reference()
-        if coordinator is not None:
-            coordinator.cpu_group = coordinator.device_group = default if is_needed else None
+        if coordinator is None:
+            continue
+        if is_needed:
+            coordinator.cpu_group = coordinator.device_group = default
+        else:  # which is how vLLM marks a coordinator that has ended its groups
+            del coordinator.cpu_group, coordinator.device_group
     groups = list(torch.distributed.distributed_c10d._world.pg_map)
     if not is_needed:
         torch.distributed.destroy_process_group()
