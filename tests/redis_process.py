@@ -3,11 +3,14 @@
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tandem.redis_register import RedisRegister
 from tandem.redis_server import find_redis_server, redis_arguments, wait_for_redis
+
+Open = Callable[..., RedisRegister]  # of a cluster's id and settings; closed at the end of the test
 
 
 class RedisProcess:

@@ -1,43 +1,21 @@
 """The register in a real Redis server: the contract, and a server that others share."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
-from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from redis.asyncio import Redis
 
 from tandem.domain import ModelId, ReplicaTarget, Role
 from tandem.errors import ConfigError, InvalidRequestError
 from tandem.membership import Member
 from tandem.redis_register import RedisRegister
-from tests.redis_process import RedisProcess, running_redis
+from tests.redis_process import Open
 from tests.register_bench import DECODE, NEVER_S, SERVED, Bench, ids, member, soon
 from tests.register_contract import LeaderContract, ManualTargetContract, RegisterContract, WatchContract
 
 BRIEF_S = 0.2
-Open = Callable[..., RedisRegister]
-
-
-@pytest_asyncio.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisProcess]:
-    async with running_redis(tmp_path) as process:
-        yield process
-
-
-@pytest_asyncio.fixture
-async def open_register(server: RedisProcess) -> AsyncIterator[Open]:
-    opened = []
-
-    def open_one(cluster: str = "c1", **settings: float) -> RedisRegister:
-        opened.append(RedisRegister(server.url, cluster, **settings))
-        return opened[-1]
-
-    yield open_one
-    for register in opened:
-        await register.close()
+pytest_plugins = ("tests.integration.redis_fixtures",)
 
 
 @pytest.fixture
@@ -47,13 +25,6 @@ def bench(open_register: Open) -> Bench:
 
     brief = open_register(lease_s=BRIEF_S)
     return Bench(register=open_register(), brief=brief, brief_s=BRIEF_S, let_leases_run_out=let_leases_run_out)
-
-
-@pytest_asyncio.fixture
-async def inside(server: RedisProcess) -> AsyncIterator[Redis]:
-    """The server, seen without the register."""
-    async with Redis.from_url(server.url, decode_responses=True) as redis:
-        yield redis
 
 
 class TestMembers(RegisterContract):
@@ -174,3 +145,17 @@ async def use_everything(register: RedisRegister) -> None:
     await register.nudge()
     await register.resign("a")
     await register.leave(mine)
+
+
+async def test_erasing_leaves_nothing_of_the_cluster_and_all_of_others(open_register: Open, inside: Redis) -> None:
+    mine, other = open_register("mine"), open_register("other")
+    for register in (mine, other):
+        await register.renew(member())
+        epoch = await register.try_lead("a")
+        assert epoch is not None
+        await register.publish(epoch, [SERVED], [DECODE])
+        await register.set_manual_targets([DECODE])
+    before = await inside.keys("tandem:other:*")
+    await mine.erase()
+    assert await inside.keys("tandem:mine:*") == []
+    assert sorted(await inside.keys("tandem:other:*")) == sorted(before)

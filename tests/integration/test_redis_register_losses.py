@@ -2,49 +2,22 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from time import monotonic
 
 import pytest
-import pytest_asyncio
 from redis.asyncio import Redis
 
 from tandem.errors import Reason, UnavailableError
 from tandem.membership import Snapshot
 from tandem.redis_register import RedisRegister
 from tandem.registrar import Registrar
-from tests.redis_process import RedisProcess, running_redis
+from tests.redis_process import Open, RedisProcess
 from tests.register_bench import NEVER_S, following, ids, member, soon, until
 
-Open = Callable[..., RedisRegister]
-
-
-@pytest_asyncio.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisProcess]:
-    async with running_redis(tmp_path) as process:
-        yield process
-
-
-@pytest_asyncio.fixture
-async def open_register(server: RedisProcess) -> AsyncIterator[Open]:
-    opened = []
-
-    def open_one(cluster: str = "c1", **settings: float) -> RedisRegister:
-        opened.append(RedisRegister(server.url, cluster, **settings))
-        return opened[-1]
-
-    yield open_one
-    for register in opened:
-        await register.close()
-
-
-@pytest_asyncio.fixture
-async def inside(server: RedisProcess) -> AsyncIterator[Redis]:
-    """The server, seen without the register."""
-    async with Redis.from_url(server.url, decode_responses=True) as redis:
-        yield redis
+pytest_plugins = ("tests.integration.redis_fixtures",)
 
 
 class TestCancellation:
