@@ -82,6 +82,8 @@ class WorkerService:
                 lease = self._state.lease
                 await call.write(message)
                 sequence += 1
+                if self._state.is_ending and not self._state.running_requests:
+                    return
                 await asyncio.sleep(_WATCH_MIN_S)
                 stamps = await watcher.changed(self._watch_interval_s if self._state.running_requests else _WATCH_IDLE_S)
 
@@ -181,7 +183,7 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     try:
         await stop.wait()
         registration.cancel()
-        state.drain()
+        state.end()
         await server.set_serving(False)
     finally:
         await asyncio.gather(registration, server.stop(), return_exceptions=True)

@@ -67,6 +67,7 @@ class WorkerState:
         self._numbers = itertools.count(1)
         self._runs: dict[int, Run] = {}
         self._watchers: list[Watcher] = []
+        self.is_ending = False
 
     @property
     def running_requests(self) -> int:
@@ -128,6 +129,11 @@ class WorkerState:
         """Takes no new work from now on."""
         self.lease = replace(self.lease, state=ReplicaState.DRAINING)
         self._wake()
+
+    def end(self) -> None:
+        """Takes no new work, and has Watch streams end with what runs: a server waits for them when it stops."""
+        self.is_ending = True
+        self.drain()
 
     @contextmanager
     def watch(self, router_id: str) -> Iterator[Watcher]:

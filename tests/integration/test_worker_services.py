@@ -213,6 +213,21 @@ class TestWatch:
                 pass
             assert lease_from_pb(message.lease).state is ReplicaState.DRAINING
 
+    async def test_the_stream_ends_with_what_runs_on_a_worker_that_ends(self, cluster: FakeCluster) -> None:
+        cluster.decode.engine.gate.clear()
+        async with self.watching(cluster.decode) as watching, cluster.open(cluster.message()) as stream:
+            while (await watching.read()).load.running_requests == 0:
+                pass
+            cluster.decode.state.end()
+            while not (await watching.read()).HasField("lease"):
+                pass
+            cluster.decode.engine.gate.set()
+            while await read(stream) is not None:
+                pass
+            async with asyncio.timeout(WAIT_S):
+                while await watching.has_more():
+                    pass
+
     async def test_a_request_is_stamped_on_both_workers_with_the_routers_attempt(self, cluster: FakeCluster) -> None:
         accepted, finished = worker_pb2.RequestStamp.KIND_ACCEPTED, worker_pb2.RequestStamp.KIND_FINISHED
         async with self.watching(cluster.prefill) as prefill, self.watching(cluster.decode) as decode:
@@ -248,6 +263,10 @@ class Watching:
 
     def __init__(self, stream: ResponseStream) -> None:
         self._stream = stream
+
+    async def has_more(self) -> bool:
+        """Reads on; False at the end."""
+        return await self._stream.read() is not None
 
     async def read(self) -> worker_pb2.WatchResponse:
         payload = await self._stream.read()
