@@ -15,6 +15,7 @@ _DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "SPT_NOENV": "1",  # vLLM renames its processes, and their environment must stay: by it they are found
 }
 # vLLM compiles one small function at the first request for logprobs: 7 s in the engine's step, for 5 ms less (measured on two cores).
 _CPU_DEFAULTS = {"TORCH_COMPILE_DISABLE": "1"}
