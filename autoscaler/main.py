@@ -32,6 +32,7 @@ from tandem.cluster_config import ClusterConfig, cluster_config_from_json, read_
 from tandem.domain import ModelId, ReplicaTarget, Role
 from tandem.errors import ConfigError, Reason, TandemError, UnavailableError
 from tandem.membership import REGISTER_URL, RENEW_S, Member, MemberKind, Register, ServedModel
+from tandem.network import advertised_host
 from tandem.node_agent import NodeAgent
 from tandem.ray_head import set_ray_environment
 from tandem.redis_register import RedisRegister
@@ -94,7 +95,7 @@ async def _serve(config: ClusterConfig, redis_url: str, ray_address: str, name: 
         incarnation=time.time_ns(),
         node=socket.gethostname(),
         pid=os.getpid(),
-        metrics_address=f"{config.host}:{metrics_server.server_port}",
+        metrics_address=f"{advertised_host(config.host)}:{metrics_server.server_port}",
     )
     scaler = Autoscaler(config, register, redis_url, ray_address, channels, ScalerMetrics(registry), name)
     print(f"autoscaler ready metrics={member.metrics_address}", flush=True)

@@ -33,6 +33,7 @@ from router.tokenizer import Tokenizers
 from router.workers import Workers
 from tandem.errors import ConfigError
 from tandem.membership import REGISTER_URL, Member, MemberKind, Register
+from tandem.network import advertised_host
 from tandem.registrar import Registrar
 from tandem.rpc import start_server
 from tandem.telemetry import RouterMetrics
@@ -118,15 +119,16 @@ async def _serve(config: RouterConfig, options: argparse.Namespace) -> None:
             registering = None
             if view is not None:
                 stack.push_async_callback(view.register.close)
+                advertised = advertised_host(options.host)
                 member = Member(
                     kind=MemberKind.ROUTER,
                     member_id=config.router_id,
                     incarnation=time.time_ns(),
                     node=socket.gethostname(),
                     pid=os.getpid(),
-                    address=server.address,
-                    http_address=http.address,
-                    metrics_address=http.address,
+                    address=f"{advertised}:{server.port}",
+                    http_address=f"{advertised}:{http.port}",
+                    metrics_address=f"{advertised}:{http.port}",
                 )
                 tasks.append(group.create_task(view.run(), name="register view"))
                 registering = group.create_task(Registrar(view.register, member, stop.set).run(), name="registrar")
