@@ -50,7 +50,7 @@ _START_S = 120.0
 _STOP_S = 60.0
 _SCALE_S = 60.0
 _SCALING_PROMPTS = 12
-_POLL_S = 0.01
+_POLL_S = 0.05  # each look costs the two cores some milliseconds
 
 Progress = Callable[[str], None]
 
