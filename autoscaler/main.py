@@ -177,7 +177,7 @@ class Autoscaler:
             await asyncio.sleep(RENEW_S)
 
     async def _hear_nudges(self) -> None:
-        async with aclosing(self._register.nudges(_REFRESH_S)) as nudges:  # type: ignore[type-var]
+        async with aclosing(self._register.nudges(_REFRESH_S)) as nudges:
             async for _ in nudges:
                 self._wake.set()
 

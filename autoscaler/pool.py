@@ -12,6 +12,7 @@ from autoscaler.observation import PoolKey
 from tandem.cluster_config import ClusterConfig, ModelConfig
 from tandem.domain import ModelId, ReplicaId, Role
 from tandem.engine.model_files import served_name
+from tandem.errors import ConfigError
 from tandem.supervisor import SupervisedState
 
 _NAME = re.compile(r"(?P<slug>.+)-(?P<role>prefill|decode)-(?P<number>\d+)")
@@ -38,7 +39,7 @@ class ReplicaPool(Protocol):
         """What is there, as last heard."""
 
     async def refresh(self) -> None:
-        """Looks for what others started and for what died unheard."""
+        """Looks for what others started. Raises UnavailableError where that cannot be seen."""
 
     async def add(self, key: PoolKey, replica_id: ReplicaId) -> None:
         """Asks for one more; raises UnavailableError where that cannot be done now."""
@@ -86,8 +87,6 @@ def model_name(model: ModelConfig) -> ModelId:
 
 def check_models(config: ClusterConfig) -> None:
     """Raises ConfigError where two models have one name."""
-    from tandem.errors import ConfigError
-
     names = [model_name(model) for model in config.models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

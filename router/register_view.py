@@ -42,7 +42,7 @@ class RegisterView:
 
     async def run(self) -> None:
         """Takes snapshots until cancelled."""
-        async with aclosing(self.register.snapshots(_POLL_S)) as snapshots:  # type: ignore[type-var]
+        async with aclosing(self.register.snapshots(_POLL_S)) as snapshots:
             async for snapshot in snapshots:
                 self.take(snapshot)
 

@@ -96,7 +96,7 @@ def up(
     given = {**locals(), "store_dir": None if store_dir is None else str(store_dir)}
     del given["config"]
     from tandem.cluster_config import load_cluster_config
-    from tandem.up import run_up
+    from tandem.up_terminal import run_up
 
     run_up(load_cluster_config(config, given))
 

@@ -46,7 +46,6 @@ class ReplicaConfig:
     store_address: str = ""  # host:port of this node's store service; empty: none, so nothing is fetched from other nodes
     cluster: str = ""
     redis_url: str = ""  # where the replica takes its lease; empty: it takes none, and routers know it by its address
-    advertise_host: str = ""  # what others call; empty: `host`
     runtime_dir: str = ""  # private folder for sockets
     log_path: str = ""  # stdout and stderr of a forked replica; empty: the zygote's
     watch_interval_s: float = 0.1  # 10 Hz: a queue state half a second old costs 23 points of SLO attainment (reference: algorithms)

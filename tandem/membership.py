@@ -4,7 +4,7 @@ Values and protocol only; `redis_register.py` implements it. A lease that runs o
 """
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Protocol
@@ -90,7 +90,7 @@ class Register(Protocol):
     async def snapshot(self) -> Snapshot:
         """All leases that have not run out, by kind and id."""
 
-    def snapshots(self, poll_s: float) -> AsyncIterator[Snapshot]:
+    def snapshots(self, poll_s: float) -> AsyncGenerator[Snapshot, None]:
         """A snapshot now, soon after every change and at least each `poll_s`; nothing while the register is away, then it goes on."""
 
     async def try_lead(self, candidate: str) -> int | None:
@@ -111,7 +111,7 @@ class Register(Protocol):
     async def nudge(self) -> None:
         """Wakes the leader: there is demand."""
 
-    def nudges(self, poll_s: float) -> AsyncIterator[None]:
+    def nudges(self, poll_s: float) -> AsyncGenerator[None, None]:
         """An item now, soon after each nudge or change of manual targets (one for a burst), and at least each `poll_s`."""
 
     async def close(self) -> None:

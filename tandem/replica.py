@@ -169,8 +169,7 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     server = await start_server(config.host, config.port, {"tandem.v1.Worker": service(worker_pb2, "Worker", worker)})
     REGISTRY.register(WorkerCollector(worker.load, engine.kv_totals))
     metrics_server, _ = start_http_server(config.metrics_port, addr=config.host)
-    advertised = config.advertise_host or config.host
-    state.set_addresses(f"{advertised}:{server.port}", f"{advertised}:{metrics_server.server_port}")
+    state.set_addresses(server.address, f"{config.host}:{metrics_server.server_port}")
     _report(f"replica ready id={config.replica_id} role={config.role} address={state.lease.address}", lifeline_fd)
     registration = asyncio.create_task(_stay_registered(config, state, stop), name="registration")
 

@@ -7,15 +7,12 @@ import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
 import psutil
-from rich.console import Console
 
 from tandem.cleanup import CONFIG_FILE, MEMBER_OF, clean_cluster, end_ray, processes_of
 from tandem.cluster_config import ClusterConfig
@@ -36,7 +33,6 @@ from tandem.tether import hold, is_held
 _READY_S = 300.0
 _REDIS_START_S = 10.0
 _CLEAN_S = 60.0
-_STATUS_S = 0.25
 _POLL_S = 0.1
 _MAX_RESTARTS = 2  # of one child during the start
 _CLAIM = "claim"  # in the cluster's folder of blocks, which all users of a machine share: held by the `up` that runs
@@ -265,7 +261,7 @@ def count_replicas(snapshot: Snapshot) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _unwrapped():  # type: ignore[no-untyped-def]
+async def _unwrapped() -> AsyncIterator[None]:
     """The first ConfigError of a task group instead of the group."""
     try:
         yield
@@ -274,53 +270,3 @@ async def _unwrapped():  # type: ignore[no-untyped-def]
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
-
-
-def run_up(config: ClusterConfig) -> None:
-    """Starts the cluster, prints its endpoints, serves until Ctrl-C or SIGTERM. Raises ConfigError."""
-    asyncio.run(_run_up(config, Console()))
-
-
-async def _run_up(config: ClusterConfig, console: Console) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    started_s = time.monotonic()
-    stage = ""
-    is_serving = False
-
-    def progress(line: str) -> None:
-        nonlocal stage
-        if line != stage and (not console.is_terminal or is_serving):
-            console.print(f"{time.monotonic() - started_s:6.1f} s  {line}", highlight=False)
-        stage = line
-
-    platform = Platform(config, progress)
-    try:
-        starting = asyncio.create_task(platform.start(), name="start")
-        stopping = asyncio.create_task(stop.wait(), name="stop")
-        with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
-            while not starting.done() and not stopping.done():
-                if status is not None:
-                    status.update(f"{time.monotonic() - started_s:.0f} s  {stage}")
-                await asyncio.wait({starting, stopping}, timeout=_STATUS_S, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-            is_serving = True
-            _print_ready(console, platform, time.monotonic() - started_s)
-            await stopping
-        else:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-        console.print("stopping", highlight=False)
-    finally:
-        await platform.stop()
-
-
-def _print_ready(console: Console, platform: Platform, took_s: float) -> None:
-    console.print(f"ready in {took_s:.1f} s: {platform.ready_replicas} replicas, cluster {platform.cluster}", highlight=False)
-    for name, addresses in (("gRPC  ", platform.router_addresses), ("HTTP  ", [f"http://{item}" for item in platform.http_addresses])):
-        console.print(f"  {name}    {', '.join(addresses)}", highlight=False)
-    console.print(f"  logs      {platform.folder}", highlight=False)
-    console.print('  try       tandem generate "The for statement"', highlight=False)
-    console.print("Ctrl-C stops all of it", highlight=False)

@@ -28,7 +28,7 @@ TANDEM_ROOF = frozenset(
         "zygote",
         "demo",
         "replica_main",
-        "bare",
+        "up_terminal",
         "ray_head",
         "guard",
         "preflight",

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import pytest_asyncio
 
 import tandem
-from tandem.bare import BareOptions, BarePlatform
 from tandem.demo import DirectCaller, Prompts
 from tandem.domain import Role
+from tests.bare_platform import BareOptions, BarePlatform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

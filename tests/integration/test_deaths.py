@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 
 import tandem
-from tandem.bare import BareOptions, BarePlatform
 from tandem.demo import DirectCaller, Prompts
 from tandem.domain import Role
+from tests.bare_platform import BareOptions, BarePlatform
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 

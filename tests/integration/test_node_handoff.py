@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tandem.bare import BareOptions, BarePlatform
 from tandem.config import MIB, EngineConfig, ReplicaConfig
 from tandem.demo import DirectCaller, Prompts, Run
 from tandem.domain import Receipt, Role
@@ -18,6 +17,7 @@ from tandem.launch import ReplicaProcess
 from tandem.rpc import open_channel, open_stream
 from tandem.v1 import worker_pb2
 from tandem.zygote_client import ZygoteClient
+from tests.bare_platform import BareOptions, BarePlatform
 from tests.store_nodes import BLOCK_BYTES, Node, read_metric, running_nodes
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]

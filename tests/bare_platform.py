@@ -1,4 +1,4 @@
-"""Replicas and one router on this machine without Ray and Redis: what `make demo` compares with, and what tests use.
+"""Replicas and one router on this machine without Ray and Redis, for tests of what they do among themselves.
 
 The replica program is the same as in a cluster. Routers know the replicas by address; nothing is scaled.
 """
