@@ -15,6 +15,7 @@ from dataclasses import replace
 import psutil
 
 from tandem.cleanup import CONFIG_FILE, MEMBER_OF, clean_cluster, end_ray, processes_of
+from tandem.client import AsyncClient
 from tandem.cluster_config import ClusterConfig
 from tandem.endpoint import write_endpoint_file
 from tandem.errors import ConfigError, Reason, TandemError
@@ -34,6 +35,7 @@ _READY_S = 300.0
 _REDIS_START_S = 10.0
 _CLEAN_S = 60.0
 _POLL_S = 0.1
+_REACHED_S = 30.0
 _MAX_RESTARTS = 2  # of one child during the start
 _CLAIM = "claim"  # in the cluster's folder of blocks, which all users of a machine share: held by the `up` that runs
 
@@ -76,6 +78,8 @@ class Platform:
         for number in range(self.config.autoscalers):
             await self._keeper.keep(f"autoscaler-{number}", lambda number=number: self._start_autoscaler(number))  # type: ignore[misc]
         await self._wait_ready()
+        self._progress("waiting for the routers to reach them")
+        await asyncio.gather(*(self._wait_reached(address) for address in self.router_addresses))
         self._write_endpoint_file()
 
     async def stop(self) -> None:
@@ -230,6 +234,18 @@ class Platform:
             raise ConfigError(
                 f"{self.ready_replicas} of {self._configured_replicas} replicas started in {_READY_S:.0f} s", reason=Reason.START_FAILED
             ) from error
+
+    async def _wait_reached(self, address: str) -> None:
+        """Until this router reaches the replicas that are ready: it reads the register a moment after us. Raises ConfigError."""
+        reached = 0
+        async with AsyncClient(address) as client:
+            for _ in range(int(_REACHED_S / _POLL_S)):
+                with contextlib.suppress(TandemError):  # it may be starting again
+                    reached = sum(replica.is_reachable for replica in (await client.status(timeout_s=_POLL_S * 10)).replicas)
+                if reached >= self.ready_replicas:
+                    return
+                await asyncio.sleep(_POLL_S)
+        raise ConfigError(f"the router at {address} reaches {reached} of {self.ready_replicas} replicas", reason=Reason.START_FAILED)
 
     def _check_children(self) -> None:
         """Raises ConfigError where a child dies again and again during the start."""
