@@ -9,7 +9,7 @@ endif
 
 REQUIREMENTS := requirements/$(PLATFORM).txt requirements/dev.txt
 # One stamp per content of what decides the environment: a second set-up finds it and does nothing.
-STAMP := .venv/.installed-$(PLATFORM)-$(shell cat $(REQUIREMENTS) pyproject.toml 2>/dev/null | sha256sum | cut -c1-16)
+STAMP := .venv/.installed-$(PLATFORM)-$(shell cat $(REQUIREMENTS) pyproject.toml kv_transfer/native.c 2>/dev/null | sha256sum | cut -c1-16)
 IS_311 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -87,6 +87,7 @@ class RayPool:
             max_num_batched_tokens=model.max_num_batched_tokens,
             seed=secrets.randbelow(2**31),
             store_capacity_bytes=self._config.store_capacity_bytes,
+            kv_store_bytes=model.kv_store_bytes,
             faults=model.faults,
         )
         config = ReplicaConfig(

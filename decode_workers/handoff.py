@@ -20,17 +20,20 @@ Channels = Callable[[str], grpc.aio.Channel]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prefilled:
-    """The first token, by whom, and what it took: seconds and prompt tokens that were cached there.
+class Prefilling:
+    """This worker is asked now: its node's store will hold the prompt's blocks, chunk by chunk."""
 
-    `store_address` is the store service that holds the prompt's blocks; empty where that worker's node has none.
-    """
+    worker: PlannedWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """The first token, by whom, and what it took: seconds and prompt tokens that were cached there."""
 
     worker: PlannedWorker
     output: EngineOutput
     prefill_s: float
     cached_tokens: int
-    store_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +45,8 @@ class Published:
 
 async def prefill_elsewhere(
     request: Request, plan: Plan, attempt: int, deadline: Deadline, channels: Channels, *, publish_wait_s: float
-) -> AsyncGenerator[Prefilled | Published, None]:
-    """Yields Prefilled at once, then Published; nothing where every prefill worker of the plan is lost: prefill here then.
+) -> AsyncGenerator[Prefilling | Prefilled | Published, None]:
+    """Yields Prefilling for each worker that is tried, Prefilled at once, then Published; no more where all of the plan are lost.
 
     A worker lost after its token, or silent for `publish_wait_s` after it, is not replaced: what it had published is loaded, the rest
     computed. Raises DeadlineError, and what a worker says of the request itself (bad input).
@@ -51,6 +54,7 @@ async def prefill_elsewhere(
     for worker in plan.prefill:
         message = _to_pb(request, plan, worker, attempt)
         has_token = False
+        yield Prefilling(worker=worker)
         try:
             async with open_stream(
                 channels(worker.address), "tandem.v1.Worker/Prefill", message, timeout_s=deadline.remaining_s("prefill")
@@ -98,7 +102,6 @@ def _prefilled(worker: PlannedWorker, response: worker_pb2.PrefillResponse) -> P
         output=output,
         prefill_s=first.prefill_s,
         cached_tokens=first.cached_tokens,
-        store_address=first.store_address,
     )
 
 

@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass, field, replace
 
 from decode_workers.choice import Choice, first_output
-from decode_workers.handoff import Channels, Prefilled, prefill_elsewhere
+from decode_workers.handoff import Channels, Prefilled, Prefilling, prefill_elsewhere
 from decode_workers.remote_blocks import RemoteBlocks, RemoteHandoff
+from kv_transfer.prefix_source import PrefixSource
 from tandem.convert import chunk_to_pb, plan_from_pb, receipt_to_pb, request_from_worker_pb
 from tandem.domain import Chunk, Plan, Receipt, Request, Usage
 from tandem.engine.base import Engine, EngineRequest
@@ -65,12 +66,14 @@ class DecodeService:
         *,
         publish_wait_s: float,
         remote_blocks: RemoteBlocks | None = None,
+        prefixes: PrefixSource | None = None,
     ) -> None:
         self._engine = engine
         self._state = state
         self._channels = channels
         self._publish_wait_s = publish_wait_s
         self._remote_blocks = remote_blocks
+        self._prefixes = prefixes
 
     async def generate(self, message: worker_pb2.WorkerGenerateRequest, call: ServerCall) -> None:
         """Writes the request's tokens from its first position on; the receipt comes as trailing metadata. Raises TandemError."""
@@ -119,21 +122,23 @@ class DecodeService:
         published_blocks: int | None = None
         async with contextlib.AsyncExitStack() as stack:
             async for event in await stack.enter_async_context(contextlib.aclosing(handoff)):
-                if isinstance(event, Prefilled):
+                if isinstance(event, Prefilling):
+                    if remote is not None:  # of a worker that was lost
+                        await remote.aclose()
+                    remote = self._remote_blocks.start(stream.request, event.worker, stream.deadline) if self._remote_blocks else None
+                    if remote is not None:
+                        await stack.enter_async_context(contextlib.aclosing(remote))
+                elif isinstance(event, Prefilled):
                     stream.prefilled = event
                     stream.cached_tokens = event.cached_tokens
                     stream.prefill_s = event.prefill_s
                     await self._send(stream, stream.choices[0].add(first_output(event.output)))
                     if stream.is_finished:
                         return
-                    if self._remote_blocks is not None:
-                        remote = self._remote_blocks.start(stream.request, event, stream.deadline)
-                    if remote is not None:
-                        await stack.enter_async_context(contextlib.aclosing(remote))
                 else:
                     published_blocks = event.blocks
                     stream.published_s = time.monotonic()
-            if remote is not None:
+            if remote is not None and stream.prefilled is not None:
                 await remote.finish(published_blocks)
                 stream.published_s = time.monotonic()
         if stream.prefilled is None:
@@ -145,6 +150,8 @@ class DecodeService:
         first = () if stream.prefilled is None else stream.prefilled.output.token_ids
         token_ids = (*request.prompt_token_ids, *request.resume_token_ids, *first)
         run_id = f"{request.request_id}.{stream.attempt}.{stream.run.number}"
+        if self._prefixes is not None and stream.prefilled is None:
+            await self._prefixes.bring(token_ids, request.cache_salt, stream.deadline.remaining_s("prefetch"))
         engine_request = EngineRequest(
             run_id=run_id,
             token_ids=token_ids,
@@ -152,6 +159,7 @@ class DecodeService:
             max_new_tokens=request.max_output_tokens(self._engine.info) - choice.position,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            counts_use=stream.prefilled is None,
         )
         try:
             async with contextlib.aclosing(self._engine.generate(engine_request)) as outputs:

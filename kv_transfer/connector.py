@@ -4,6 +4,7 @@ Scheduler side and worker side share nothing but the step's metadata. Losing a b
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +19,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kv_transfer.blocks import BlockKey
+from kv_transfer.arena_store import ArenaStore
 from kv_transfer.kv_tensors import KvTensors
 from kv_transfer.link import ConnectorOptions
 from kv_transfer.loader import Loader
 from kv_transfer.notices import NoticeSender, TransferTotals
 from kv_transfer.planner import KvDirective, ScheduledRequest, StepJobs, TransferPlanner
 from kv_transfer.publisher import Publisher
-from kv_transfer.shm_store import ShmStore
+from kv_transfer.quotas import tenant_of
 from tandem.domain import Namespace
 from tandem.engine.quiet_groups import quiet_process_groups
 from tandem.errors import ConfigError
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+_SPARE_BLOCKS = 64  # for decode
+_GRANTED_FRACTION = 16  # of the arena
 
 
 @dataclass
@@ -79,22 +83,23 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         options = ConnectorOptions(**self._kv_transfer_config.kv_connector_extra_config)
         self._options = options
         self._namespace = Namespace(options.namespace)
-        self._store = ShmStore(Path(options.store_dir), capacity_bytes=options.store_capacity_bytes)
+        self._store = ArenaStore(Path(options.store_dir), capacity_bytes=options.store_capacity_bytes)
         self._requests_by_id: dict[str, Request] = {}
         self._failed_loads: set[str] = set()
         self._dropped_saves: set[str] = set()
         self._invalid_block_ids: set[int] = set()
         self._closers: list[Any] = []
+        self._batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._block_size_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         if role is KVConnectorRole.SCHEDULER:
             # In the engine's process: without it an engine outlives its killed replica for ever.
             die_with_parent()
             quiet_process_groups()
             trim_heap()
-            spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
             self._planner = TransferPlanner(
                 self._store,
                 self._namespace,
-                block_size_tokens=spec.block_size,
+                block_size_tokens=self._block_size_tokens,
                 block_bytes=sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks,
                 sync_load_bytes=options.sync_load_bytes,
             )
@@ -109,7 +114,8 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
     def on_new_request(self, request: "Request") -> None:
         """Starts tracking."""
         self._requests_by_id[request.request_id] = request
-        self._planner.track(request.request_id, KvDirective.from_params(request.kv_transfer_params))
+        tenant = tenant_of(request.cache_salt or "")
+        self._planner.track(request.request_id, KvDirective.from_params(request.kv_transfer_params), tenant)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens the store can supply, and whether they load outside the step."""
@@ -147,7 +153,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
             self._planner.saves_dropped(report.dropped_saves)
 
     def request_finished_all_groups(self, request: "Request", block_ids: tuple[list[int], ...]) -> tuple[bool, dict[str, Any] | None]:
-        """Forgets the request; its blocks may be freed at once, as staging holds copies."""
+        """Forgets the request; its blocks may be freed at once, as slots hold copies."""
         self._planner.finish(request.request_id)
         self._requests_by_id.pop(request.request_id, None)
         return False, None
@@ -164,16 +170,21 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         tensors.touch()
         notices = NoticeSender(self._options.notice_path)
         totals = TransferTotals()
+        batch_blocks = self._batched_tokens // self._block_size_tokens
+        capacity_blocks = self._store.stats().capacity_bytes // tensors.block_bytes
         self._loader = Loader(tensors, self._store, self._namespace, notices, totals)
         self._publisher = Publisher(
             tensors,
             self._store,
+            self._namespace,
             notices,
             totals,
-            staging_bytes=self._options.staging_bytes,
-            evict_after_bytes=max(1 << 20, self._options.store_capacity_bytes // 16),
+            # Two steps' worth, and never so much that a few replicas hold most of the arena in their hands.
+            granted_blocks=max(1, min(2 * batch_blocks + _SPARE_BLOCKS, capacity_blocks // _GRANTED_FRACTION)),
             faults=Faults.parse(self._options.faults),
         )
+        with suppress(OSError):  # a quota that cannot be written is no reason not to serve
+            self._store.quotas.set_model(self._namespace, self._options.model_quota_bytes)
         self._closers = [self._publisher, self._loader, notices, self._store]
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
@@ -199,13 +210,19 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         A prompt that ended in such a step may be its request's last step, so what the store holds of it is told all the same.
         """
         for job in self._jobs().saves:
-            prompt_keys = None if job.prompt_hashes is None else self._keys(job.prompt_hashes)
             if not self._failed_loads:
-                self._publisher.submit(job.block_ids, self._keys(job.hashes), tag=job.tag, prompt_keys=prompt_keys)
+                self._publisher.submit(
+                    job.block_ids,
+                    job.hashes,
+                    tag=job.tag,
+                    prompt_hashes=job.prompt_hashes,
+                    first_position=job.first_position,
+                    tenant=job.tenant,
+                )
                 continue
             self._dropped_saves.add(job.request_id)
-            if prompt_keys is not None and job.request_id not in self._failed_loads:
-                self._publisher.submit([], [], tag=job.tag, prompt_keys=prompt_keys)
+            if job.prompt_hashes is not None and job.request_id not in self._failed_loads:
+                self._publisher.submit([], [], tag=job.tag, prompt_hashes=job.prompt_hashes)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Loads that ended outside the step, each exactly once."""
@@ -244,6 +261,3 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
         return metadata.jobs
-
-    def _keys(self, hashes: Iterable[Any]) -> list[BlockKey]:
-        return [BlockKey(self._namespace, block_hash) for block_hash in hashes]

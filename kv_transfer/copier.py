@@ -1,131 +1,109 @@
-"""Blocks from other nodes' stores into this node's: each block fetched once at a time, checked, within bounds.
+"""Blocks from other nodes' stores into this node's: each block fetched once at a time, within bounds.
 
-Must not serve: `service.py` does. A block that does not come is a miss, and whatever goes wrong leaves whole blocks only.
+Must not serve, and moves no bytes itself: `peer_fetch.py` does, in threads. A block that does not come is a miss.
 """
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 
-from kv_transfer.blocks import BlockKey
-from kv_transfer.codec import is_intact
-from kv_transfer.peer_client import fetching
-from kv_transfer.store import BlockStore, PutOutcome
+from kv_transfer.arena_store import ArenaStore
+from kv_transfer.peer_fetch import PeerConnections, PeerFetch
+from kv_transfer.store_totals import StoreTotals
 from tandem.channel_pool import ChannelPool
 from tandem.domain import BlockHash, Namespace
-from tandem.errors import Reason, UnavailableError
-from tandem.rpc import parse_answer
+from tandem.errors import TandemError
+from tandem.rpc import call
 from tandem.v1 import store_pb2
 
-# Each holds about one message (1 MiB, or one block): more of them would not be quicker on one link.
-_MAX_FETCHES = 8
-# A peer that is stopped says nothing; a busy one sends its next megabyte within milliseconds.
-_SILENCE_S = 2.0
+_MAX_FETCHES = 16  # most of them wait for what is still being computed; more would not be quicker on one link
+_STAT_S = 2.0
 
-
-@dataclass(slots=True, kw_only=True)
-class StoreTotals:
-    """Cumulative counts of one store service. Changed on its event loop only."""
-
-    fetched_blocks: int = 0
-    fetched_bytes: int = 0
-    served_blocks: int = 0
-    served_bytes: int = 0
-    missing_blocks: int = 0  # asked for by another node and not held
-    corrupt_blocks: int = 0  # failed their check, here or on the way here
-    unstored_blocks: int = 0  # came and found no room
-    evicted_blocks: int = 0
+_Key = tuple[Namespace, BlockHash]
 
 
 class BlockCopier:
-    """Fetches into `store`.
+    """Fetches into `store`. Belongs to one event loop."""
 
-    `has_stored` is set with each message that was stored, `needs_room` once enough has come, or found no room, for an eviction to be due.
-    """
-
-    def __init__(self, store: BlockStore, channels: ChannelPool, totals: StoreTotals, *, evict_after_bytes: int) -> None:
+    def __init__(self, store: ArenaStore, channels: ChannelPool, totals: StoreTotals) -> None:
         self._store = store
         self._channels = channels
         self._totals = totals
-        self._evict_after_bytes = evict_after_bytes
-        self._unevicted_bytes = 0
-        self._coming: dict[BlockKey, asyncio.Event] = {}
+        self._connections = PeerConnections()
+        self._addresses: dict[str, tuple[str, int]] = {}  # where a store service answers peers, by its own address
+        self._coming: dict[_Key, asyncio.Event] = {}
         self._slots = asyncio.Semaphore(_MAX_FETCHES)
-        self.has_stored = asyncio.Event()
-        self.needs_room = asyncio.Event()
-        self.block_bytes = 0  # payload of the last block that was stored
+        self._threads = ThreadPoolExecutor(_MAX_FETCHES, thread_name_prefix="kv-fetch")
 
-    async def copy(self, keys: Sequence[BlockKey], from_address: str, timeout_s: float) -> int:
+    async def copy(
+        self, namespace: Namespace, hashes: Sequence[BlockHash], from_address: str, timeout_s: float, wait_s: float = 0.0
+    ) -> int:
         """Fetches the blocks that are not here from the service at `from_address`, in order; returns how many came by this call.
 
-        Blocks that another call is fetching are waited for, and fetched by this one where that call fails. Raises TimeoutError, and
-        UnavailableError where the other service is gone or silent; what had come by then stays.
+        Those that it does not hold yet are waited for, up to `wait_s`. Blocks that another call is fetching are waited for too, and
+        fetched by this one where that call fails. Raises TimeoutError, UnavailableError where the other service is gone or silent, and
+        ProtocolError; what had come by then stays.
         """
         copied = 0
-        wanted = list(dict.fromkeys(keys))
+        wanted = list(dict.fromkeys(hashes))
         async with asyncio.timeout(timeout_s):
             while wanted:
-                coming = [key for key in wanted if key in self._coming]
+                coming = [block_hash for block_hash in wanted if (namespace, block_hash) in self._coming]
                 if len(coming) < len(wanted):
-                    copied += await self._claim([key for key in wanted if key not in self._coming], from_address, timeout_s)
+                    claimed = [block_hash for block_hash in wanted if (namespace, block_hash) not in self._coming]
+                    copied += await self._claim(namespace, claimed, from_address, timeout_s, wait_s)
                 else:
-                    await self._coming[coming[0]].wait()
+                    await self._coming[namespace, coming[0]].wait()
                 wanted = coming
         return copied
 
-    async def _claim(self, keys: list[BlockKey], from_address: str, timeout_s: float) -> int:
+    async def _claim(self, namespace: Namespace, hashes: list[BlockHash], from_address: str, timeout_s: float, wait_s: float) -> int:
         """Fetches those that are not here; whoever waits for any of them is let go on every way out."""
         ended = asyncio.Event()
-        self._coming.update(dict.fromkeys(keys, ended))
+        self._coming.update(dict.fromkeys(((namespace, block_hash) for block_hash in hashes), ended))
         try:
-            held = await asyncio.to_thread(self._store.contains, keys)
-            absent = [key for key, is_held in zip(keys, held, strict=True) if not is_held]
+            held = self._store.contains(namespace, hashes)
+            absent = [block_hash for block_hash, is_held in zip(hashes, held, strict=True) if not is_held]
             if not absent:
                 return 0
             async with self._slots:
-                return await self._receive(absent, from_address, timeout_s)
+                return await self._fetch(namespace, absent, from_address, timeout_s, wait_s)
         finally:
-            for key in keys:
-                del self._coming[key]
+            for block_hash in hashes:
+                del self._coming[namespace, block_hash]
             ended.set()
 
-    async def _receive(self, keys: list[BlockKey], from_address: str, timeout_s: float) -> int:
-        stored = 0
-        wanted = {key.block_hash for key in keys}
-        async with fetching(self._channels(from_address), keys, timeout_s=timeout_s) as stream:
-            while True:
-                try:
-                    async with asyncio.timeout(_SILENCE_S):
-                        payload = await stream.read()
-                except TimeoutError as error:
-                    raise UnavailableError(f"the store at {from_address} says nothing", reason=Reason.WORKER_LOST) from error
-                if payload is None:
-                    return stored
-                # The next message is asked for when this one is stored: the sender waits at most one window ahead.
-                stored += self._count(await asyncio.to_thread(self._put, payload, keys[0].namespace, wanted))
+    async def _fetch(self, namespace: Namespace, hashes: list[BlockHash], from_address: str, timeout_s: float, wait_s: float) -> int:
+        fetch = PeerFetch(self._store, self._connections, self._totals, await self._peer_address(from_address))
+        running = asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: fetch.run(namespace, hashes, timeout_s=timeout_s, wait_s=wait_s)
+        )
+        try:
+            return await asyncio.shield(running)
+        except TandemError:
+            self._addresses.pop(from_address, None)  # it may have begun again elsewhere
+            raise
+        except asyncio.CancelledError:
+            fetch.abort()
+            # Its slots are in use until it has ended, which it does at once.
+            await asyncio.gather(running, return_exceptions=True)
+            raise
 
-    def _put(self, payload: bytes, namespace: Namespace, wanted: set[BlockHash]) -> list[tuple[int, PutOutcome | None]]:
-        """Stores one message's intact blocks, in a thread; each block's bytes and outcome, None where it failed its check."""
-        outcomes: list[tuple[int, PutOutcome | None]] = []
-        for block in parse_answer(store_pb2.FetchResponse, payload).blocks:
-            key = BlockKey(namespace, BlockHash(block.block_hash))
-            is_good = key.block_hash in wanted and is_intact(key, block.header, block.payload)
-            outcome = self._store.put([key], [memoryview(block.payload)])[0] if is_good else None
-            outcomes.append((len(block.payload), outcome))
-        return outcomes
+    async def _peer_address(self, address: str) -> tuple[str, int]:
+        """Where the store service at `address` answers peers. Raises TandemError."""
+        known = self._addresses.get(address)
+        if known is None:
+            answer = await call(
+                self._channels(address),
+                "tandem.v1.Store/Stat",
+                store_pb2.StoreStatRequest(),
+                store_pb2.StoreStatResponse,
+                timeout_s=_STAT_S,
+            )
+            known = self._addresses[address] = (address.rpartition(":")[0].strip("[]"), answer.peer_port)
+        return known
 
-    def _count(self, outcomes: list[tuple[int, PutOutcome | None]]) -> int:
-        stored = [size_bytes for size_bytes, outcome in outcomes if outcome is PutOutcome.STORED]
-        no_room = sum(outcome is PutOutcome.NO_ROOM for _, outcome in outcomes)
-        self._totals.fetched_blocks += len(stored)
-        self._totals.fetched_bytes += sum(stored)
-        self._totals.corrupt_blocks += sum(outcome is None for _, outcome in outcomes)
-        self._totals.unstored_blocks += no_room
-        self._unevicted_bytes += sum(stored)
-        if stored:
-            self.block_bytes = stored[-1]
-            self.has_stored.set()
-        if no_room or self._unevicted_bytes >= self._evict_after_bytes:
-            self._unevicted_bytes = 0
-            self.needs_room.set()
-        return len(stored)
+    def close(self) -> None:
+        """Lets connections and threads go."""
+        self._connections.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)

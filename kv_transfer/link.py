@@ -9,11 +9,10 @@ from pathlib import Path
 
 from kv_transfer.notices import Notice, NoticeReceiver
 from kv_transfer.planner import KvDirective
-from tandem.config import MIB, EngineConfig
+from tandem.config import EngineConfig
 from tandem.domain import Namespace
 from tandem.engine.base import KvLoaded, KvTotals
 
-_STAGING_BYTES = 64 * MIB  # its pages are touched at the start, so they count
 _CONNECTOR = ("TandemConnector", "kv_transfer.connector")
 
 
@@ -25,8 +24,8 @@ class ConnectorOptions:
     store_dir: str
     store_capacity_bytes: int
     notice_path: str
-    staging_bytes: int
     sync_load_bytes: int
+    model_quota_bytes: int
     faults: str
 
 
@@ -40,8 +39,8 @@ class StoreLink:
             store_dir=config.store_dir,
             store_capacity_bytes=config.store_capacity_bytes,
             notice_path=str(self._receiver.path),
-            staging_bytes=min(_STAGING_BYTES, config.kv_cache_bytes // 4) if config.staging_bytes is None else config.staging_bytes,
             sync_load_bytes=config.sync_load_bytes,
+            model_quota_bytes=config.kv_store_bytes,
             faults=config.faults,
         )
         self._published: dict[str, asyncio.Future[int]] = {}
@@ -52,10 +51,10 @@ class StoreLink:
         """Class name, module and settings of the connector."""
         return *_CONNECTOR, asdict(self._options)
 
-    def run_params(self, run_id: str, *, load: bool, publish: bool) -> dict[str, str | bool]:
+    def run_params(self, run_id: str, *, load: bool, publish: bool, counts_use: bool = True) -> dict[str, str | bool]:
         """The run's kv_transfer_params; from here to `forget` its notices are kept."""
         self._published[run_id] = asyncio.get_running_loop().create_future()
-        return KvDirective(tag=run_id, load=load, publish=publish).to_params()
+        return KvDirective(tag=run_id, load=load, publish=publish, counts_use=counts_use).to_params()
 
     def listen(self) -> None:
         """Takes notices on the running loop."""

@@ -3,29 +3,34 @@
 The only place that builds them. One line on stdout says that it listens, one on stderr why it cannot. Blocks outlive it.
 """
 
-import argparse
 import asyncio
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
 
-from kv_transfer.copier import BlockCopier, StoreTotals
+from kv_transfer.arena_store import ArenaStore
+from kv_transfer.copier import BlockCopier
+from kv_transfer.holdings import Holdings
+from kv_transfer.peer_server import PeerServer
+from kv_transfer.prefetcher import Prefetcher
 from kv_transfer.service import StoreService
 from kv_transfer.shm_room import check_room
-from kv_transfer.shm_store import ShmStore
+from kv_transfer.store_options import StoreOptions, options_parser
+from kv_transfer.store_totals import StoreTotals
+from kv_transfer.tiered_store import LowerStore, TieredStore
 from tandem.channel_pool import ChannelPool
-from tandem.errors import ConfigError, Reason
+from tandem.errors import ConfigError, Reason, TandemError
 from tandem.lifeline import stop_at_end
-from tandem.membership import REGISTER_URL, Member, MemberKind
+from tandem.membership import Member, MemberKind
 from tandem.polling import poll_until
 from tandem.registrar import Registrar
 from tandem.rpc import service, start_server
@@ -35,41 +40,9 @@ from tandem.v1 import store_pb2
 
 logger = logging.getLogger(__name__)
 
-_LOOPBACK = "127.0.0.1"
 _EXIT_CONFIG = 2
-_MIN_CAPACITY_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreOptions:
-    """One store service. `node` is the name under which its node's replicas are known."""
-
-    store_dir: str
-    capacity_bytes: int
-    host: str = _LOOPBACK
-    port: int = 0  # any free one
-    metrics_port: int = 0
-    node: str = "local"
-    lifeline_fd: int | None = None
-    tether: str = ""  # a lock file; the service ends when nobody has held it for a while
-    address_file: str = ""  # where its address is left; a service that finds its predecessor's takes the same port
-    cluster: str = ""
-    redis_url: str = ""  # the register it takes a lease in; empty: none
-
-    def validate(self) -> None:
-        """Raises ConfigError naming the option."""
-        if not self.store_dir:
-            raise ConfigError("--store-dir must name a folder")
-        if self.capacity_bytes < _MIN_CAPACITY_BYTES:
-            raise ConfigError(f"--capacity-bytes must be at least {_MIN_CAPACITY_BYTES}, got {self.capacity_bytes}")
-        for name, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
-            if not 0 <= port <= 65_535:
-                raise ConfigError(f"{name} must be from 0 to 65535, got {port}")
-        if self.lifeline_fd is not None:
-            try:
-                os.fstat(self.lifeline_fd)
-            except OSError as error:
-                raise ConfigError(f"--lifeline-fd {self.lifeline_fd} is no open descriptor") from error
+_KV_REDIS_S = 0.5  # for one batch of blocks
+_FLUSH_S = 5.0  # at the end, for what is worth keeping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +58,7 @@ Beside = Callable[[StoreAddresses], Coroutine[None, None, None]]
 
 def main(arguments: Sequence[str] | None = None, beside: Beside | None = None) -> int:
     """Runs a store service; the exit code: 0 stopped, 2 a setting is wrong."""
-    options = StoreOptions(**vars(_parser().parse_args(arguments)))
+    options = StoreOptions(**vars(options_parser().parse_args(arguments)))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         options.validate()
@@ -94,22 +67,6 @@ def main(arguments: Sequence[str] | None = None, beside: Beside | None = None) -
         print(f"store: {error.message}", file=sys.stderr)
         return _EXIT_CONFIG
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kv_transfer", description="Serves one node's KV blocks to other nodes.")
-    parser.add_argument("--store-dir", required=True, help="folder of KV blocks that all replicas of the node share")
-    parser.add_argument("--capacity-bytes", type=int, required=True, help="what the folder holds once eviction has run")
-    parser.add_argument("--host", default=_LOOPBACK, help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=0, help="0: any free port (default: %(default)s)")
-    parser.add_argument("--metrics-port", type=int, default=0, help="port of /metrics, 0: any free one (default: %(default)s)")
-    parser.add_argument("--node", default="local", help="name of the node (default: %(default)s)")
-    parser.add_argument("--lifeline-fd", type=int, help="its end stops the service")
-    parser.add_argument("--tether", default="", help="lock file of the supervisor; the service ends some time after nobody holds it")
-    parser.add_argument("--address-file", default="", help="file its address is written to, and its port taken from where it is there")
-    parser.add_argument("--cluster", default="", help="cluster whose register it joins")
-    parser.add_argument("--redis-url", default=os.environ.get(REGISTER_URL, ""), help="that register; default: REDIS_URL, else none")
-    return parser
 
 
 async def _serve_until_told(options: StoreOptions, beside: Beside | None) -> None:
@@ -188,20 +145,30 @@ async def serve(options: StoreOptions, stop: asyncio.Event, beside: Beside | Non
     """
     folder = Path(options.store_dir)
     check_room(folder)
-    store = ShmStore(folder, capacity_bytes=options.capacity_bytes)
-    channels, totals, registry = ChannelPool(), StoreTotals(), CollectorRegistry()
-    copier = BlockCopier(store, channels, totals, evict_after_bytes=options.capacity_bytes // 16)
-    served = StoreService(options.node, store, copier, totals)
-    registry.register(StoreCollector(lambda: asdict(store.stats()), lambda: asdict(totals)))
-    with _metrics_server(options.host, options.metrics_port, registry) as metrics_port:
+    totals, registry = StoreTotals(), CollectorRegistry()
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(ArenaStore(folder, capacity_bytes=options.capacity_bytes)))
+        store.quotas.tenant_bytes = options.tenant_bytes
+        await asyncio.to_thread(store.upkeep.repair)
+        tiers = stack.enter_context(closing(TieredStore(store, _open_lower_tiers(options))))
+        loop, needs_room = asyncio.get_running_loop(), asyncio.Event()
+        peers = PeerServer(store, totals, folder, options.host, on_published=lambda: loop.call_soon_threadsafe(needs_room.set))
+        stack.enter_context(closing(peers))
+        channels = ChannelPool()
+        copier = stack.enter_context(closing(BlockCopier(store, channels, totals)))
+        prefetcher = Prefetcher(store, tiers, copier)
+        served = StoreService(options.node, store, tiers, copier, prefetcher, totals, peer_port=peers.port, needs_room=needs_room)
+        registry.register(
+            StoreCollector(
+                lambda: asdict(store.stats()) | asdict(store.upkeep.census()), lambda: asdict(totals), lambda: _tier_values(tiers)
+            )
+        )
+        metrics_port = stack.enter_context(_metrics_server(options.host, options.metrics_port, registry))
         server = await start_server(options.host, options.port, {"tandem.v1.Store": service(store_pb2, "Store", served)})
         addresses = StoreAddresses(address=server.address, metrics_address=f"{options.host}:{metrics_port}")
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(served.keep_room(), name="keep-room"),
-                    group.create_task(served.keep_spares(), name="keep-spares"),
-                ]
+            async with _shared(options, store, prefetcher, addresses.address), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(served.keep_room(), name="keep-room")]
                 if beside is not None:
                     tasks.append(group.create_task(beside(addresses), name="beside"))
                 print(f"store ready address={addresses.address} metrics={addresses.metrics_address}", flush=True)
@@ -210,10 +177,56 @@ async def serve(options: StoreOptions, stop: asyncio.Event, beside: Beside | Non
                 await server.stop()
                 for task in tasks:
                     task.cancel()
+                await asyncio.to_thread(tiers.flush, _FLUSH_S)
         finally:
             await server.stop(0.0)
             await channels.close()
-            store.close()
+
+
+@asynccontextmanager
+async def _shared(options: StoreOptions, store: ArenaStore, prefetcher: Prefetcher, address: str) -> AsyncIterator[None]:
+    """Offers this node's blocks in the cluster's directory, and has the prefetcher look there; nothing where it is not shared."""
+    if not (options.is_shared and options.redis_url):
+        yield
+        return
+    from kv_transfer.redis_directory import RedisDirectory  # not needed where there is no register
+
+    directory = RedisDirectory(options.redis_url, options.cluster)
+    prefetcher.set_directory(directory, address)
+    telling = asyncio.create_task(Holdings(store.arena, directory, address).run(), name="holdings")
+    try:
+        yield
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+        with suppress(TandemError):
+            await directory.close()
+
+
+def _tier_values(tiers: TieredStore) -> dict[str, dict[str, int]]:
+    """For metrics, by tier and name."""
+    return {
+        name: {
+            **{key: getattr(tier.stats, key) for key in ("used_bytes", "capacity_bytes", "blocks")},
+            **{key: getattr(tier, key) for key in ("promoted_blocks", "demoted_blocks", "corrupt_blocks")},
+            "up": int(not tier.error),
+        }
+        for name, tier in tiers.stats().items()
+    }
+
+
+def _open_lower_tiers(options: StoreOptions) -> dict[str, LowerStore]:
+    """By name, what outlives the cluster first. Raises ConfigError."""
+    tiers: dict[str, LowerStore] = {}
+    if options.disk_dir:
+        from kv_transfer.disk_store import DiskStore
+
+        tiers["disk"] = DiskStore(Path(options.disk_dir), capacity_bytes=options.disk_capacity_bytes)
+    if options.kv_redis_url:
+        from kv_transfer.kv_redis_store import KvRedisStore  # not needed where there is none
+
+        tiers["redis"] = KvRedisStore(options.kv_redis_url, cluster=options.cluster, timeout_s=_KV_REDIS_S)
+    return tiers
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class TransferTotals:
     loaded_bytes: int = 0
     corrupt_blocks: int = 0
     missing_blocks: int = 0
-    unstored_blocks: int = 0  # no room in the store or in staging
+    unstored_blocks: int = 0  # no room in the store, or no slot granted in time
     evicted_blocks: int = 0
 
 

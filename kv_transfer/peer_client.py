@@ -1,21 +1,16 @@
-"""The calling side of a store service: the two calls that move blocks.
+"""The calling side of a store service: has it copy blocks from another one, or bring a prefix from wherever it is."""
 
-Must not touch a store: what comes is checked and stored by `copier.py`.
-"""
-
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc.aio
 
-from kv_transfer.blocks import BlockKey
+from kv_transfer.peer_wire import MAX_BLOCKS_PER_REQUEST
 from tandem.domain import BlockHash, Namespace
-from tandem.rpc import ResponseStream, call, open_stream
+from tandem.rpc import call
 from tandem.v1 import store_pb2
 
-# Of one call: the blocks of a prompt of half a million tokens, and half a megabyte of hashes.
-MAX_BLOCKS_PER_CALL = 16_384
+MAX_BLOCKS_PER_CALL = MAX_BLOCKS_PER_REQUEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +22,27 @@ class Copied:
 
 
 async def copy_blocks(
-    channel: grpc.aio.Channel, namespace: Namespace, block_hashes: Sequence[BlockHash], from_address: str, *, timeout_s: float
+    channel: grpc.aio.Channel,
+    namespace: Namespace,
+    block_hashes: Sequence[BlockHash],
+    from_address: str,
+    *,
+    timeout_s: float,
+    wait_s: float = 0.0,
 ) -> Copied:
-    """Has the store service at `channel` fetch the leading blocks (at most 16,384) from the one at `from_address`. Raises TandemError."""
-    request = store_pb2.CopyRequest(namespace=namespace, block_hashes=block_hashes[:MAX_BLOCKS_PER_CALL], from_address=from_address)
+    """Has the store service at `channel` fetch the leading blocks (at most 16,384) from the one at `from_address`.
+
+    Waits up to `wait_s` for those that the other one does not hold yet. Raises TandemError.
+    """
+    request = store_pb2.CopyRequest(
+        namespace=namespace, block_hashes=block_hashes[:MAX_BLOCKS_PER_CALL], from_address=from_address, wait_ms=int(1000 * wait_s)
+    )
     answer = await call(channel, "tandem.v1.Store/Copy", request, store_pb2.CopyResponse, timeout_s=timeout_s)
     return Copied(copied_blocks=answer.copied_blocks, held_blocks=answer.held_blocks)
 
 
-@asynccontextmanager
-async def fetching(channel: grpc.aio.Channel, keys: Sequence[BlockKey], *, timeout_s: float) -> AsyncIterator[ResponseStream]:
-    """The held ones of `keys` (of one namespace, at least one) as messages of FetchResponse; ended on every way out."""
-    request = store_pb2.FetchRequest(namespace=keys[0].namespace, block_hashes=[key.block_hash for key in keys])
-    async with open_stream(channel, "tandem.v1.Store/Fetch", request, timeout_s=timeout_s) as stream:
-        yield stream
+async def prefetch_blocks(channel: grpc.aio.Channel, namespace: Namespace, block_hashes: Sequence[BlockHash], *, timeout_s: float) -> int:
+    """Has the store service at `channel` bring the leading blocks into its arena; how many are there then. Raises TandemError."""
+    request = store_pb2.PrefetchRequest(namespace=namespace, block_hashes=block_hashes[:MAX_BLOCKS_PER_CALL])
+    answer = await call(channel, "tandem.v1.Store/Prefetch", request, store_pb2.PrefetchResponse, timeout_s=timeout_s)
+    return int(answer.held_blocks)

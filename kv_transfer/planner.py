@@ -5,31 +5,47 @@ Nothing here blocks; lookups in the store are hints that the loader checks.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from kv_transfer.blocks import BlockKey
-from kv_transfer.store import BlockStore, leading_count
+from kv_transfer.store import leading_count
 from tandem.domain import BlockHash, Namespace
 
-_PARAMS = ("tandem_tag", "tandem_load", "tandem_publish")
+# From the match to the load: the step of the load comes at once, or once the engine has blocks for it.
+_LEASE_S = 10.0
+_PARAMS = ("tandem_tag", "tandem_load", "tandem_publish", "tandem_counts_use")
+
+
+class LookupStore(Protocol):
+    """What a store says of blocks before they are loaded."""
+
+    def contains(self, namespace: Namespace, hashes: Sequence[BlockHash], *, lease_s: float = 0.0) -> list[bool]:
+        """Which blocks are held; those are not evicted for `lease_s`."""
+
+    def note_use(self, namespace: Namespace, hashes: Sequence[BlockHash]) -> None:
+        """A request's prefix has these blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvDirective:
-    """What one request wants of the store. `tag` names it in notices; the engine changes request ids."""
+    """What one request wants of the store. `tag` names it in notices; the engine changes request ids.
+
+    The second half of a hand-off does not count as a use: else every block would look as if others wanted it too.
+    """
 
     tag: str
     load: bool = True
     publish: bool = True
+    counts_use: bool = True
 
     def to_params(self) -> dict[str, str | bool]:
         """As the engine's kv_transfer_params."""
-        return dict(zip(_PARAMS, (self.tag, self.load, self.publish), strict=True))
+        return dict(zip(_PARAMS, (self.tag, self.load, self.publish, self.counts_use), strict=True))
 
     @classmethod
     def from_params(cls, params: dict[str, str | bool] | None) -> "KvDirective":
         """Out of kv_transfer_params; without them a request neither loads nor publishes."""
-        tag, load, publish = ((params or {}).get(name, "") for name in _PARAMS)
-        return cls(tag=str(tag), load=bool(load), publish=bool(publish))
+        tag, load, publish, counts_use = ((params or {}).get(name, "") for name in _PARAMS)
+        return cls(tag=str(tag), load=bool(load), publish=bool(publish), counts_use=bool(counts_use))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +68,8 @@ class SaveJob:
     tag: str
     block_ids: list[int]
     hashes: list[BlockHash]
+    first_position: int  # of the first block in its chain
+    tenant: int  # whose blocks they are, for quotas; 0: nobody's
     prompt_hashes: list[BlockHash] | None
 
 
@@ -77,7 +95,9 @@ class ScheduledRequest:
 @dataclass(slots=True)
 class _Tracked:
     directive: KvDirective
+    tenant: int = 0
     has_failed: bool = False
+    is_use_noted: bool = False
     is_prompt_saved: bool = False
     saved_blocks: int = 0
     local_tokens: int = 0
@@ -88,7 +108,7 @@ class _Tracked:
 class TransferPlanner:
     """Per-request state between asking the store and the end of the request."""
 
-    def __init__(self, store: BlockStore, namespace: Namespace, *, block_size_tokens: int, block_bytes: int, sync_load_bytes: int) -> None:
+    def __init__(self, store: LookupStore, namespace: Namespace, *, block_size_tokens: int, block_bytes: int, sync_load_bytes: int) -> None:
         self._store = store
         self._namespace = namespace
         self._block_size_tokens = block_size_tokens
@@ -100,9 +120,9 @@ class TransferPlanner:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def track(self, request_id: str, directive: KvDirective) -> None:
+    def track(self, request_id: str, directive: KvDirective, tenant: int = 0) -> None:
         """A request came; it stays until `finished`."""
-        self._requests[request_id] = _Tracked(directive)
+        self._requests[request_id] = _Tracked(directive, tenant)
 
     def match(self, request_id: str, hashes: Sequence[BlockHash], total_tokens: int, local_tokens: int) -> tuple[int, bool]:
         """Tokens that the store can supply beyond `local_tokens`, and whether to load them outside the step.
@@ -115,7 +135,10 @@ class TransferPlanner:
             return 0, False
         first = local_tokens // self._block_size_tokens
         limit = min(len(hashes), (total_tokens - 1) // self._block_size_tokens)
-        held = leading_count(self._store.contains(self._keys(hashes[first:limit])))
+        held = leading_count(self._store.contains(self._namespace, hashes[first:limit], lease_s=_LEASE_S))
+        if tracked.directive.counts_use and not tracked.is_use_noted:
+            tracked.is_use_noted = True
+            self._store.note_use(self._namespace, hashes[: first + held])
         tracked.local_tokens, tracked.hashes = local_tokens, hashes
         tracked.is_async = self._sync_blocks_this_step + held > self._sync_load_blocks
         return held * self._block_size_tokens, tracked.is_async and held > 0
@@ -159,6 +182,8 @@ class TransferPlanner:
                     tag=tracked.directive.tag,
                     block_ids=list(request.block_ids[tracked.saved_blocks : full]),
                     hashes=list(request.hashes[tracked.saved_blocks : full]),
+                    first_position=tracked.saved_blocks,
+                    tenant=tracked.tenant,
                     prompt_hashes=list(request.hashes[:prompt_blocks]) if ends_prompt else None,
                 )
             )
@@ -182,6 +207,3 @@ class TransferPlanner:
     def finish(self, request_id: str) -> None:
         """The request has ended, in whatever way."""
         self._requests.pop(request_id, None)
-
-    def _keys(self, hashes: Iterable[BlockHash]) -> list[BlockKey]:
-        return [BlockKey(self._namespace, block_hash) for block_hash in hashes]

@@ -1,6 +1,6 @@
-"""What every block store offers: two-phase put, checked get, quarantine.
+"""What every block store offers, tier by tier: put, checked get, drop.
 
-A missing block is a value, never an exception. Implementations: `shm_store`.
+A missing block is a value, never an exception. All blocks of one call are of one namespace and of one size. Implementations: `arena_store`.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from kv_transfer.blocks import BlockKey
+import numpy as np
+import numpy.typing as npt
+
+from tandem.domain import BlockHash, Namespace
+
+Bytes = npt.NDArray[np.uint8]
 
 
 class BlockOutcome(StrEnum):
@@ -36,48 +41,38 @@ class StoreStats:
     blocks: int
 
 
-class Reservation(Protocol):
-    """Room for one block that readers cannot see until `commit`."""
-
-    def write(self, payload: memoryview) -> None:
-        """Fills the room, header and checksum included."""
-
-    def commit(self) -> None:
-        """Makes the block visible at once and whole."""
-
-    def abort(self) -> None:
-        """Gives the room back."""
-
-
 class BlockStore(Protocol):
     """Blocks by content address. Safe to use from several processes and threads."""
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Which blocks are committed; a hint that is checked at use."""
+    def contains(self, namespace: Namespace, hashes: Sequence[BlockHash], *, lease_s: float = 0.0) -> list[bool]:
+        """Which blocks are held; those are not evicted for `lease_s`. A hint that is checked at use."""
 
-    def try_reserve(self, key: BlockKey, payload_bytes: int) -> Reservation | None:
-        """First phase of a put; None where there is no room."""
+    def put(self, namespace: Namespace, hashes: Sequence[BlockHash], rows: Bytes, *, first_position: int = 0) -> list[PutOutcome]:
+        """Stores row i of `rows` (n, payload_bytes) as block i, all of it or nothing; what is there already is not written again.
 
-    def put(self, keys: Sequence[BlockKey], payloads: Sequence[memoryview]) -> list[PutOutcome]:
-        """Both phases for a batch; blocks that are there already are not written again."""
+        `first_position` is the first block's place in its prompt: what is deep in a prompt is worth less to others.
+        """
 
-    def get_into(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> list[BlockOutcome]:
-        """Copies each block into its buffer (exactly payload bytes) and verifies it there; a corrupt one is quarantined."""
+    def get_into(self, namespace: Namespace, hashes: Sequence[BlockHash], rows: Bytes) -> list[BlockOutcome]:
+        """Copies block i into row i of `rows` (n, payload_bytes) and verifies it there; a corrupt one is dropped.
 
-    def quarantine(self, key: BlockKey) -> None:
-        """Takes a block out of sight for all readers."""
+        The row of what is not a hit may hold anything.
+        """
 
-    def add_spare(self, payload_bytes: int) -> bool:
-        """Prepares room for one more block of that size; False where enough is prepared. Called when nobody waits."""
+    def payload_bytes(self, namespace: Namespace, block_hash: BlockHash) -> int | None:
+        """Size of a held block; None where it is not held. A hint: `get_into` checks."""
+
+    def drop(self, namespace: Namespace, hashes: Sequence[BlockHash]) -> int:
+        """Takes blocks out of sight of all readers; how many there were."""
+
+    def make_room(self) -> int:
+        """Makes room ahead of need; how many blocks were evicted."""
+
+    def stats(self) -> StoreStats:
+        """Sizes now."""
 
     def close(self) -> None:
         """Gives back what this process holds; blocks stay."""
-
-    def evict(self) -> int:
-        """Brings the store under its capacity, least recently used first; returns the blocks dropped."""
-
-    def stats(self) -> StoreStats:
-        """Sizes now; O(blocks)."""
 
 
 def leading_count(flags: Sequence[bool]) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import time
 from dataclasses import replace
 
+from kv_transfer.prefix_source import PrefixSource
 from tandem.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
 from tandem.domain import FinishReason
 from tandem.engine.base import Engine, EngineOutput, EngineRequest
@@ -17,11 +18,14 @@ from tandem.worker_state import Run, WorkerState
 class PrefillService:
     """Serves prefill on one replica."""
 
-    def __init__(self, engine: Engine, state: WorkerState, *, publish_wait_s: float, faults: Faults) -> None:
+    def __init__(
+        self, engine: Engine, state: WorkerState, *, publish_wait_s: float, faults: Faults, prefixes: PrefixSource | None = None
+    ) -> None:
         self._engine = engine
         self._state = state
         self._publish_wait_s = publish_wait_s
         self._faults = faults
+        self._prefixes = prefixes
 
     async def prefill(self, request: worker_pb2.PrefillRequest, call: ServerCall) -> None:
         """Writes FirstToken as soon as there is one, then Published. Raises TandemError."""
@@ -44,8 +48,10 @@ class PrefillService:
 
     async def _run(self, request: EngineRequest, run: Run, call: ServerCall) -> None:
         started_s = time.monotonic()
+        if self._prefixes is not None:
+            await self._prefixes.bring(request.token_ids, request.cache_salt, call.time_remaining_s())
         output = await self._first_output(request)
-        first_token = _first_token(output, time.monotonic() - started_s, self._state.lease.store_address)
+        first_token = _first_token(output, time.monotonic() - started_s)
         await call.write(worker_pb2.PrefillResponse(first_token=first_token))
         self._state.prefilled(run)
         self._state.generated(run, 1)
@@ -75,7 +81,7 @@ def _to_engine_request(request: worker_pb2.PrefillRequest, run: Run) -> EngineRe
     )
 
 
-def _first_token(output: EngineOutput, prefill_s: float, store_address: str) -> worker_pb2.FirstToken:
+def _first_token(output: EngineOutput, prefill_s: float) -> worker_pb2.FirstToken:
     stopped = output.finish_reason is FinishReason.STOP
     return worker_pb2.FirstToken(
         token_id=output.token_ids[0],
@@ -84,5 +90,4 @@ def _first_token(output: EngineOutput, prefill_s: float, store_address: str) -> 
         stop_reason=output.stop_reason or "",
         cached_tokens=output.cached_tokens,
         prefill_s=prefill_s,
-        store_address=store_address,
     )

@@ -79,4 +79,10 @@ def _fresh(tracked: Tracked, leases: Sequence[Lease]) -> list[Lease]:
 
 
 def _planned(lease: Lease) -> PlannedWorker:
-    return PlannedWorker(replica_id=lease.replica_id, incarnation=lease.incarnation, address=lease.address, node=lease.node)
+    return PlannedWorker(
+        replica_id=lease.replica_id,
+        incarnation=lease.incarnation,
+        address=lease.address,
+        node=lease.node,
+        store_address=lease.store_address,
+    )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tandem.errors import InvalidRequestError, TandemError
+from tandem.kv_cli import kv_app
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +53,7 @@ def _app() -> typer.Typer:
     app.callback()(_options)
     for command in (up, down, generate, models, status, top, scale, drain, bench):
         app.command()(command)
+    app.add_typer(kv_app, name="kv")
     return app
 
 
@@ -91,9 +93,14 @@ def up(
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Bytes of KV cache in each replica.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights and activations: float32, bfloat16, ... Default: auto.")] = None,
     store_dir: Annotated[Path | None, typer.Option(help="Folder of KV blocks. Default: one in /dev/shm, removed at the end.")] = None,
+    kv_disk: Annotated[Path | None, typer.Option(help="Folder on a disk where KV blocks outlive the cluster. Default: none.")] = None,
+    kv_disk_bytes: Annotated[int | None, typer.Option(help="Bytes of it. Default: 16 GiB.")] = None,
+    kv_redis_bytes: Annotated[int | None, typer.Option(help="Memory of a Redis that KV blocks overflow into. Default: 0, none.")] = None,
 ) -> None:
     """Start a cluster on this machine and serve until Ctrl-C."""
-    given = {**locals(), "store_dir": None if store_dir is None else str(store_dir)}
+    folders = {name: None if folder is None else str(folder) for name, folder in (("store_dir", store_dir), ("kv_disk", kv_disk))}
+    given = {**locals(), **folders}
+    del given["folders"]
     del given["config"]
     from tandem.cluster_config import load_cluster_config
     from tandem.up_terminal import run_up
@@ -209,15 +216,19 @@ def models(endpoint: Endpoint = None, timeout_s: QueryTimeout = 10.0, json: Json
 
 
 def status(endpoint: Endpoint = None, timeout_s: QueryTimeout = 10.0, json: Json = None) -> None:
-    """Show the replicas, their state and load."""
+    """Show the replicas, their state and load, and what is wrong with the KV stores."""
     from tandem.cli_report import status_report, status_table, write_report
+    from tandem.kv_stats import store_troubles
     from tandem.sync_client import Client
 
     with Client(endpoint) as client:
         found = client.status(timeout_s=timeout_s)
+    troubles = store_troubles(found, timeout_s=min(timeout_s, 2.0))
     _console().print(status_table(found))
+    for line in troubles:
+        typer.echo(line)
     if json is not None:
-        write_report(json, status_report(found))
+        write_report(json, {**status_report(found), "store_troubles": troubles})
 
 
 def bench(

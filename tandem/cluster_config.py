@@ -40,6 +40,7 @@ class ModelConfig:
     max_decode: int | None = None
     dtype: str = "auto"
     kv_cache_bytes: int = 128 * MIB
+    kv_store_bytes: int = 0  # what its blocks may take of a node's store_capacity_bytes; 0: no limit
     context_tokens: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -72,6 +73,8 @@ class ModelConfig:
             raise ConfigError(f"{where}prefill and {where}decode are both 0: at least one replica is needed")
         if self.kv_cache_bytes < 16 * MIB:
             raise ConfigError(f"{where}kv_cache_bytes must be at least {16 * MIB}, got {self.kv_cache_bytes}")
+        if self.kv_store_bytes < 0:
+            raise ConfigError(f"{where}kv_store_bytes must not be negative, got {self.kv_store_bytes}")
         if self.name and not _NAME.fullmatch(self.name):
             raise ConfigError(f"{where}name {self.name!r} must have 1 to 128 letters, digits or . _ / : -")
         for key in ("cpus_per_replica", "gpus_per_replica", "memory_bytes_per_replica"):
@@ -97,6 +100,11 @@ class ClusterConfig:
     ray_address: str = ""  # empty: a Ray head of its own
     store_dir: str = ""  # empty: a folder of this cluster's own in /dev/shm
     store_capacity_bytes: int = 1024 * MIB
+    kv_tenant_bytes: int = 0  # what one tenant's blocks may take of a node's store_capacity_bytes; 0: no limit
+    kv_disk: str = ""  # folder on each node's disk where blocks outlive the cluster; empty: none
+    kv_disk_bytes: int = 16 * 1024 * MIB  # of that folder
+    kv_redis_url: str = ""  # a Redis that blocks overflow into, not the one of REDIS_URL; empty: none, or one of its own
+    kv_redis_bytes: int = 0  # memory of one of its own; 0: none
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
     router: Mapping[str, object] = field(default_factory=dict)  # router.config.RouterConfig
     scaler: Mapping[str, object] = field(default_factory=dict)  # autoscaler.config.ScalerConfig
@@ -117,6 +125,19 @@ class ClusterConfig:
             model.validate(f"models[{index}].")
         if self.store_capacity_bytes < 16 * MIB:
             raise ConfigError(f"store_capacity_bytes must be at least {16 * MIB}, got {self.store_capacity_bytes}")
+
+        if self.kv_tenant_bytes < 0:
+            raise ConfigError(f"kv_tenant_bytes must not be negative, got {self.kv_tenant_bytes}")
+        if self.kv_disk and self.kv_disk_bytes < 64 * MIB:
+            raise ConfigError(f"kv_disk_bytes must be at least {64 * MIB}, got {self.kv_disk_bytes}")
+        if self.kv_redis_bytes and self.kv_redis_bytes < 16 * MIB:
+            raise ConfigError(f"kv_redis_bytes must be 0 or at least {16 * MIB}, got {self.kv_redis_bytes}")
+        if self.kv_redis_url and self.kv_redis_bytes:
+            raise ConfigError("kv_redis_url names a server, and kv_redis_bytes asks for one of its own: give one of them")
+        if self.kv_redis_bytes and self.ray_address:
+            raise ConfigError("kv_redis_bytes starts a server on this machine, which other nodes cannot reach: give kv_redis_url")
+        if self.kv_redis_url and self.kv_redis_url == self.redis_url:
+            raise ConfigError("kv_redis_url is the control database of redis_url, which must never evict: give another server")
 
     def _validate_ports(self) -> None:
         """The routers' ports count up from the first; those of gRPC and HTTP must not meet."""

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 
 MIB = 1 << 20
+PREFETCH_WAIT_S = 1.0  # a prefix of 2,000 tokens of the bundled model comes in 20 ms, and is computed in 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,7 @@ class EngineConfig:
     is_kv_transfer_on: bool = True
     store_dir: str = ""
     store_capacity_bytes: int = 1024 * MIB
-    # Blocks on their way to the store; where it is full, blocks are not published. None: a quarter of the KV cache, 64 MiB at most.
-    staging_bytes: int | None = None
+    kv_store_bytes: int = 0  # what this model's blocks may take of a node's arena; 0: no limit
     sync_load_bytes: int = 64 * MIB  # loaded inside one step at most: 64 MiB take about 5 ms
     faults: str = ""
 
@@ -44,6 +44,7 @@ class ReplicaConfig:
     metrics_port: int = 0
     node: str = "local"
     store_address: str = ""  # host:port of this node's store service; empty: none, so nothing is fetched from other nodes
+    prefetch_wait_s: float = 0.0  # for blocks of other nodes and lower tiers, before a prompt is computed; 0: they are not asked for
     cluster: str = ""
     redis_url: str = ""  # where the replica takes its lease; empty: it takes none, and routers know it by its address
     runtime_dir: str = ""  # private folder for sockets

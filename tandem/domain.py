@@ -312,6 +312,7 @@ class PlannedWorker:
     incarnation: int
     address: str
     node: str = ""
+    store_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,7 +148,15 @@ class NodeAgent:
                 self._keep(self._store(store_dir, address_file))
             await poll_until(address_file.exists, _POLL_S)
         address = address_file.read_text().strip()
-        self._folder.write_facts(NodeFacts(node=self._folder.node, host=self._host, store_dir=str(store_dir), store_address=address))
+        config = self._config
+        facts = NodeFacts(
+            node=self._folder.node,
+            host=self._host,
+            store_dir=str(store_dir),
+            store_address=address,
+            is_store_tiered=bool(config.ray_address or config.kv_disk or config.kv_redis_url),
+        )
+        self._folder.write_facts(facts)
 
     def _zygote(self) -> Daemon:
         command = zygote_command(self._folder.zygote_socket, self._folder.tether, grace_s=GRACE_S)
@@ -164,6 +172,8 @@ class NodeAgent:
             f"--address-file={address_file}",
             f"--tether={self._folder.tether}",
             f"--cluster={self._config.cluster}",
+            f"--tenant-bytes={self._config.kv_tenant_bytes}",
+            *self._tiers(),
         ]
         return Daemon(
             name="store",
@@ -172,6 +182,16 @@ class NodeAgent:
             log=self._folder.log("store"),
             environment={REGISTER_URL: self._redis_url},
         )
+
+    def _tiers(self) -> list[str]:
+        """What there is beyond the arena: other nodes, a disk, a Redis for overflow."""
+        config = self._config
+        folder = Path(config.kv_disk) / self._folder.node if config.ray_address else config.kv_disk  # nodes of a test share a disk
+        return [
+            *(["--share"] if config.ray_address else []),
+            *([f"--disk-dir={folder}", f"--disk-capacity-bytes={config.kv_disk_bytes}"] if config.kv_disk else []),
+            *([f"--kv-redis-url={config.kv_redis_url}"] if config.kv_redis_url else []),
+        ]
 
     def _keep(self, daemon: Daemon) -> None:
         self._daemons.append(daemon)

@@ -37,6 +37,7 @@ class NodeFacts:
     host: str  # where its processes listen, and what others call them
     store_dir: str
     store_address: str
+    is_store_tiered: bool = False  # it has blocks of other nodes, or of lower tiers, for the asking
     error: str = ""  # why no replica may run here
 
 

@@ -18,6 +18,7 @@ from decode_workers.remote_blocks import RemoteBlocks
 from decode_workers.service import DecodeService
 from kv_transfer.blocks import make_namespace
 from kv_transfer.link import StoreLink
+from kv_transfer.prefix_source import PrefixSource
 from kv_transfer.shm_room import check_room
 from prefill_workers.service import PrefillService
 from tandem.channel_pool import ChannelPool
@@ -159,9 +160,13 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     )
     state = WorkerState(lease)
     remote_blocks = RemoteBlocks(engine, state, channels, RemoteKvMetrics(REGISTRY), wait_s=config.publish_wait_s)
+    prefixes: PrefixSource | None = None
+    if config.store_address and config.prefetch_wait_s > 0:
+        prefixes = PrefixSource(engine.info, namespace, channels, config.store_address, wait_s=config.prefetch_wait_s)
+    wait_s = config.publish_wait_s
     worker = WorkerService(
-        PrefillService(engine, state, publish_wait_s=config.publish_wait_s, faults=faults),
-        DecodeService(engine, state, channels, publish_wait_s=config.publish_wait_s, remote_blocks=remote_blocks),
+        PrefillService(engine, state, publish_wait_s=wait_s, faults=faults, prefixes=prefixes),
+        DecodeService(engine, state, channels, publish_wait_s=wait_s, remote_blocks=remote_blocks, prefixes=prefixes),
         engine,
         state,
         watch_interval_s=config.watch_interval_s,

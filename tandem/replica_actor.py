@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import replace
 
-from tandem.config import ReplicaConfig, replica_config_from_json
+from tandem.config import PREFETCH_WAIT_S, ReplicaConfig, replica_config_from_json
 from tandem.engine.environment import has_cuda
 from tandem.errors import ConfigError
 from tandem.launch import spawn_replica
@@ -63,6 +63,7 @@ def _complete(config: ReplicaConfig, folder: NodeFolder, facts: NodeFacts) -> Re
         runtime_dir=str(folder.path),
         log_path=str(folder.log(config.replica_id)),
         store_address=facts.store_address,
+        prefetch_wait_s=PREFETCH_WAIT_S if facts.is_store_tiered else 0.0,
         engine=replace(config.engine, store_dir=facts.store_dir),
     )
 

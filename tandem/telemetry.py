@@ -54,7 +54,7 @@ _KV_COUNTERS = {
     "loaded_bytes": "Bytes of those blocks",
     "corrupt_blocks": "Blocks that failed their check, were taken out of sight and computed again",
     "missing_blocks": "Blocks that were gone between lookup and load, and computed",
-    "unstored_blocks": "Blocks that found no room in staging or store",
+    "unstored_blocks": "Blocks that found no room in the store",
     "evicted_blocks": "Blocks this replica evicted, least recently used first",
 }
 
@@ -103,6 +103,9 @@ _STORE_GAUGES = {
     "used_bytes": "Bytes of the blocks that the store holds",
     "capacity_bytes": "Bytes that it holds at most once eviction has run",
     "blocks": "Blocks that it holds",
+    "granted_slots": "Slots that writers hold ready or are filling",
+    "leased_blocks": "Blocks that are not evicted for a while, because somebody is about to load them",
+    "leaked_slots": "Slots of writers that are dead, until the next round gives them back",
 }
 _STORE_COUNTERS = {
     "fetched_blocks": "Blocks fetched from other nodes",
@@ -113,15 +116,36 @@ _STORE_COUNTERS = {
     "corrupt_blocks": "Blocks that failed their check, here or on the way here",
     "unstored_blocks": "Fetched blocks that found no room",
     "evicted_blocks": "Blocks that the service evicted, least recently used first",
+    "bad_requests": "Connections that said what no store says",
+    "bad_answers": "Answers of other stores that were damaged, or lied about sizes",
+}
+
+
+_TIER_GAUGES = {
+    "used_bytes": "Bytes that a tier below the arena holds",
+    "capacity_bytes": "Bytes that it holds at most",
+    "blocks": "Blocks that it holds",
+    "up": "1 where it is in use, 0 where it failed and is left alone for a while",
+}
+_TIER_COUNTERS = {
+    "promoted_blocks": "Blocks that came up from it into the arena",
+    "demoted_blocks": "Blocks that went down to it before they were evicted, or at the end",
+    "corrupt_blocks": "Blocks of it that failed their check",
 }
 
 
 class StoreCollector(Collector):
-    """A store service's own metrics, read when they are scraped: sizes now and cumulative counts, by name."""
+    """A store service's own metrics, read when they are scraped: sizes now and cumulative counts by name, those of lower tiers by tier."""
 
-    def __init__(self, sizes: Callable[[], Mapping[str, int]], totals: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(
+        self,
+        sizes: Callable[[], Mapping[str, int]],
+        totals: Callable[[], Mapping[str, int]],
+        tiers: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
+    ) -> None:
         self._sizes = sizes
         self._totals = totals
+        self._tiers = tiers
 
     def collect(self) -> Iterator[Metric]:
         """All families, now; O(blocks)."""
@@ -129,6 +153,13 @@ class StoreCollector(Collector):
             yield GaugeMetricFamily(f"tandem_store_{name}", _STORE_GAUGES[name], value)
         for name, value in self._totals().items():
             yield CounterMetricFamily(f"tandem_store_{name}", _STORE_COUNTERS[name], value)
+        tiers = self._tiers()
+        for name, words in (_TIER_GAUGES | _TIER_COUNTERS).items():
+            kind = GaugeMetricFamily if name in _TIER_GAUGES else CounterMetricFamily
+            family = kind(f"tandem_store_tier_{name}", words, labels=("tier",))
+            for tier, values in tiers.items():
+                family.add_metric((tier,), values[name])
+            yield family
 
 
 class ScalerMetrics:

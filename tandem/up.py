@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import psutil
 
+from kv_transfer.kv_redis_store import kv_redis_arguments
 from tandem.cleanup import CONFIG_FILE, MEMBER_OF, clean_cluster, end_ray, processes_of
 from tandem.client import AsyncClient
 from tandem.cluster_config import ClusterConfig
@@ -37,6 +38,7 @@ _CLEAN_S = 60.0
 _POLL_S = 0.1
 _REACHED_S = 30.0
 _MAX_RESTARTS = 2  # of one child during the start
+_KV_REDIS = "kv-redis"
 _CLAIM = "claim"  # in the cluster's folder of blocks, which all users of a machine share: held by the `up` that runs
 
 Progress = Callable[[str], None]
@@ -59,6 +61,7 @@ class Platform:
         self._claim_lock: int | None = None
         self._redis_url = self.config.redis_url
         self._ray_address = self.config.ray_address
+        self._kv_redis_bytes = self.config.kv_redis_bytes
 
     async def start(self) -> None:
         """Starts all of it and waits until every replica asked for serves. Raises ConfigError."""
@@ -143,7 +146,10 @@ class Platform:
             await self._take_register()
         else:
             self._redis_url = f"unix://{self.folder / 'redis.sock'}"
-            await self._keeper.keep("redis", self._start_redis)
+            await self._keeper.keep("redis", lambda: self._start_redis("redis"))
+        if self._kv_redis_bytes:
+            self.config = replace(self.config, kv_redis_url=f"unix://{self.folder / _KV_REDIS}.sock", kv_redis_bytes=0)
+            await self._keeper.keep(_KV_REDIS, lambda: self._start_redis(_KV_REDIS))
         for number in range(self.config.routers):
             await self._keeper.keep(f"router-{number}", lambda number=number: self._start_router(number))  # type: ignore[misc]
 
@@ -164,12 +170,14 @@ class Platform:
         finally:
             await register.close()
 
-    async def _start_redis(self) -> Process:
-        folder = self.folder / "redis"
+    async def _start_redis(self, name: str) -> Process:
+        """The control database, "redis", or the one that blocks overflow into, "kv-redis"."""
+        folder, socket = self.folder / name, self.folder / f"{name}.sock"
         folder.mkdir(mode=0o700, exist_ok=True)
-        with (self.folder / "redis.log").open("ab") as log:
+        arguments = kv_redis_arguments(socket, folder, self._kv_redis_bytes) if name == _KV_REDIS else redis_arguments(socket, folder)
+        with (self.folder / f"{name}.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *(str(find_redis_server()), *redis_arguments(self.folder / "redis.sock", folder)),
+                *(str(find_redis_server()), *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -177,10 +185,10 @@ class Platform:
                 preexec_fn=die_with_parent,
             )
         try:
-            await wait_for_redis(self._redis_url, _REDIS_START_S)
+            await wait_for_redis(f"unix://{socket}", _REDIS_START_S)
         except TandemError as error:
             await stop_process(process)
-            raise ConfigError(f"Redis did not start: {tail(self.folder / 'redis.log')}", reason=Reason.START_FAILED) from error
+            raise ConfigError(f"Redis did not start: {tail(self.folder / f'{name}.log')}", reason=Reason.START_FAILED) from error
         return process
 
     async def _start_ray(self) -> Process:

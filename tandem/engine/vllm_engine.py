@@ -137,7 +137,9 @@ class VllmEngine:
         """Runs a request; closing the iterator aborts it."""
         params = _to_sampling_params(request)
         if self._link is not None:
-            kv_params = self._link.run_params(request.run_id, load=request.load_kv, publish=request.publish_kv)
+            kv_params = self._link.run_params(
+                request.run_id, load=request.load_kv, publish=request.publish_kv, counts_use=request.counts_use
+            )
             params.extra_args = {"kv_transfer_params": kv_params}
         prompt = tokens_input(list(request.token_ids), cache_salt=request.cache_salt or None)
         run = self._llm.generate(prompt, params, request.run_id, priority=request.priority)

@@ -194,16 +194,18 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class PlannedWorker(_message.Message):
-    __slots__ = ("replica_id", "incarnation", "address", "node")
+    __slots__ = ("replica_id", "incarnation", "address", "node", "store_address")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     incarnation: int
     address: str
     node: str
-    def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
+    store_address: str
+    def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., store_address: _Optional[str] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("plan_id", "prefill", "decode", "manifest", "retry_budget", "deadline_remaining_s", "predicted", "one_worker_reason", "signature", "router_id")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tandem/v1/store.proto\x12\ttandem.v1\"\x12\n\x10StoreStatRequest\"E\n\x11StoreStatResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\"\n\x05tiers\x18\x02 \x03(\x0b\x32\x13.tandem.v1.TierStat\"\xac\x01\n\x08TierStat\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x12\n\nhits_total\x18\x05 \x01(\x04\x12\x14\n\x0cmisses_total\x18\x06 \x01(\x04\x12\x15\n\rcorrupt_total\x18\x07 \x01(\x04\x12\x15\n\revicted_total\x18\x08 \x01(\x04\"8\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"%\n\x0eLookupResponse\x12\x13\n\x07is_held\x18\x01 \x03(\x08\x42\x02\x10\x01\"=\n\x0c\x46\x65tchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0cJ\x04\x08\x03\x10\x04\"=\n\rFetchResponse\x12&\n\x06\x62locks\x18\x04 \x03(\x0b\x32\x16.tandem.v1.StoredBlockJ\x04\x08\x01\x10\x04\"B\n\x0bStoredBlock\x12\x12\n\nblock_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06header\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"L\n\x0b\x43opyRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x12\x14\n\x0c\x66rom_address\x18\x03 \x01(\t\":\n\x0c\x43opyResponse\x12\x15\n\rcopied_blocks\x18\x01 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x02 \x01(\r\"7\n\x0c\x45victRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"\'\n\rEvictResponse\x12\x16\n\x0e\x65victed_blocks\x18\x01 \x01(\r2\xbc\x02\n\x05Store\x12\x41\n\x04Stat\x12\x1b.tandem.v1.StoreStatRequest\x1a\x1c.tandem.v1.StoreStatResponse\x12=\n\x06Lookup\x12\x18.tandem.v1.LookupRequest\x1a\x19.tandem.v1.LookupResponse\x12<\n\x05\x46\x65tch\x12\x17.tandem.v1.FetchRequest\x1a\x18.tandem.v1.FetchResponse0\x01\x12\x37\n\x04\x43opy\x12\x16.tandem.v1.CopyRequest\x1a\x17.tandem.v1.CopyResponse\x12:\n\x05\x45vict\x12\x17.tandem.v1.EvictRequest\x1a\x18.tandem.v1.EvictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tandem/v1/store.proto\x12\ttandem.v1\"\x12\n\x10StoreStatRequest\"\xaf\x01\n\x11StoreStatResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\"\n\x05tiers\x18\x02 \x03(\x0b\x32\x13.tandem.v1.TierStat\x12\x15\n\rgranted_slots\x18\x04 \x01(\x04\x12\x15\n\rleased_blocks\x18\x05 \x01(\x04\x12\x14\n\x0cleaked_slots\x18\x06 \x01(\x04\x12\x11\n\tis_native\x18\x07 \x01(\x08\x12\x11\n\tpeer_port\x18\x03 \x01(\r\"\xea\x01\n\x08TierStat\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x12\n\nhits_total\x18\x05 \x01(\x04\x12\x14\n\x0cmisses_total\x18\x06 \x01(\x04\x12\x15\n\rcorrupt_total\x18\x07 \x01(\x04\x12\x15\n\revicted_total\x18\x08 \x01(\x04\x12\x16\n\x0epromoted_total\x18\t \x01(\x04\x12\x15\n\rdemoted_total\x18\n \x01(\x04\x12\r\n\x05\x65rror\x18\x0b \x01(\t\"8\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"%\n\x0eLookupResponse\x12\x13\n\x07is_held\x18\x01 \x03(\x08\x42\x02\x10\x01\"]\n\x0b\x43opyRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x12\x14\n\x0c\x66rom_address\x18\x03 \x01(\t\x12\x0f\n\x07wait_ms\x18\x04 \x01(\r\":\n\x0c\x43opyResponse\x12\x15\n\rcopied_blocks\x18\x01 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x02 \x01(\r\":\n\x0fPrefetchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"\'\n\x10PrefetchResponse\x12\x13\n\x0bheld_blocks\x18\x01 \x01(\r\"7\n\x0c\x45victRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"\'\n\rEvictResponse\x12\x16\n\x0e\x65victed_blocks\x18\x01 \x01(\r2\xc3\x02\n\x05Store\x12\x41\n\x04Stat\x12\x1b.tandem.v1.StoreStatRequest\x1a\x1c.tandem.v1.StoreStatResponse\x12=\n\x06Lookup\x12\x18.tandem.v1.LookupRequest\x1a\x19.tandem.v1.LookupResponse\x12\x37\n\x04\x43opy\x12\x16.tandem.v1.CopyRequest\x1a\x17.tandem.v1.CopyResponse\x12\x43\n\x08Prefetch\x12\x1a.tandem.v1.PrefetchRequest\x1a\x1b.tandem.v1.PrefetchResponse\x12:\n\x05\x45vict\x12\x17.tandem.v1.EvictRequest\x1a\x18.tandem.v1.EvictResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,28 +35,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOOKUPRESPONSE'].fields_by_name['is_held']._serialized_options = b'\020\001'
   _globals['_STORESTATREQUEST']._serialized_start=36
   _globals['_STORESTATREQUEST']._serialized_end=54
-  _globals['_STORESTATRESPONSE']._serialized_start=56
-  _globals['_STORESTATRESPONSE']._serialized_end=125
-  _globals['_TIERSTAT']._serialized_start=128
-  _globals['_TIERSTAT']._serialized_end=300
-  _globals['_LOOKUPREQUEST']._serialized_start=302
-  _globals['_LOOKUPREQUEST']._serialized_end=358
-  _globals['_LOOKUPRESPONSE']._serialized_start=360
-  _globals['_LOOKUPRESPONSE']._serialized_end=397
-  _globals['_FETCHREQUEST']._serialized_start=399
-  _globals['_FETCHREQUEST']._serialized_end=460
-  _globals['_FETCHRESPONSE']._serialized_start=462
-  _globals['_FETCHRESPONSE']._serialized_end=523
-  _globals['_STOREDBLOCK']._serialized_start=525
-  _globals['_STOREDBLOCK']._serialized_end=591
-  _globals['_COPYREQUEST']._serialized_start=593
-  _globals['_COPYREQUEST']._serialized_end=669
-  _globals['_COPYRESPONSE']._serialized_start=671
-  _globals['_COPYRESPONSE']._serialized_end=729
-  _globals['_EVICTREQUEST']._serialized_start=731
-  _globals['_EVICTREQUEST']._serialized_end=786
-  _globals['_EVICTRESPONSE']._serialized_start=788
-  _globals['_EVICTRESPONSE']._serialized_end=827
-  _globals['_STORE']._serialized_start=830
-  _globals['_STORE']._serialized_end=1146
+  _globals['_STORESTATRESPONSE']._serialized_start=57
+  _globals['_STORESTATRESPONSE']._serialized_end=232
+  _globals['_TIERSTAT']._serialized_start=235
+  _globals['_TIERSTAT']._serialized_end=469
+  _globals['_LOOKUPREQUEST']._serialized_start=471
+  _globals['_LOOKUPREQUEST']._serialized_end=527
+  _globals['_LOOKUPRESPONSE']._serialized_start=529
+  _globals['_LOOKUPRESPONSE']._serialized_end=566
+  _globals['_COPYREQUEST']._serialized_start=568
+  _globals['_COPYREQUEST']._serialized_end=661
+  _globals['_COPYRESPONSE']._serialized_start=663
+  _globals['_COPYRESPONSE']._serialized_end=721
+  _globals['_PREFETCHREQUEST']._serialized_start=723
+  _globals['_PREFETCHREQUEST']._serialized_end=781
+  _globals['_PREFETCHRESPONSE']._serialized_start=783
+  _globals['_PREFETCHRESPONSE']._serialized_end=822
+  _globals['_EVICTREQUEST']._serialized_start=824
+  _globals['_EVICTREQUEST']._serialized_end=879
+  _globals['_EVICTRESPONSE']._serialized_start=881
+  _globals['_EVICTRESPONSE']._serialized_end=920
+  _globals['_STORE']._serialized_start=923
+  _globals['_STORE']._serialized_end=1246
 # @@protoc_insertion_point(module_scope)

@@ -11,15 +11,25 @@ class StoreStatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StoreStatResponse(_message.Message):
-    __slots__ = ("node", "tiers")
+    __slots__ = ("node", "tiers", "granted_slots", "leased_blocks", "leaked_slots", "is_native", "peer_port")
     NODE_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LEAKED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    IS_NATIVE_FIELD_NUMBER: _ClassVar[int]
+    PEER_PORT_FIELD_NUMBER: _ClassVar[int]
     node: str
     tiers: _containers.RepeatedCompositeFieldContainer[TierStat]
-    def __init__(self, node: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ...) -> None: ...
+    granted_slots: int
+    leased_blocks: int
+    leaked_slots: int
+    is_native: bool
+    peer_port: int
+    def __init__(self, node: _Optional[str] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., granted_slots: _Optional[int] = ..., leased_blocks: _Optional[int] = ..., leaked_slots: _Optional[int] = ..., is_native: _Optional[bool] = ..., peer_port: _Optional[int] = ...) -> None: ...
 
 class TierStat(_message.Message):
-    __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "hits_total", "misses_total", "corrupt_total", "evicted_total")
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "blocks", "hits_total", "misses_total", "corrupt_total", "evicted_total", "promoted_total", "demoted_total", "error")
     TIER_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +38,9 @@ class TierStat(_message.Message):
     MISSES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     CORRUPT_TOTAL_FIELD_NUMBER: _ClassVar[int]
     EVICTED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DEMOTED_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     tier: str
     capacity_bytes: int
     used_bytes: int
@@ -36,7 +49,10 @@ class TierStat(_message.Message):
     misses_total: int
     corrupt_total: int
     evicted_total: int
-    def __init__(self, tier: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., hits_total: _Optional[int] = ..., misses_total: _Optional[int] = ..., corrupt_total: _Optional[int] = ..., evicted_total: _Optional[int] = ...) -> None: ...
+    promoted_total: int
+    demoted_total: int
+    error: str
+    def __init__(self, tier: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., hits_total: _Optional[int] = ..., misses_total: _Optional[int] = ..., corrupt_total: _Optional[int] = ..., evicted_total: _Optional[int] = ..., promoted_total: _Optional[int] = ..., demoted_total: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
     __slots__ = ("namespace", "block_hashes")
@@ -52,39 +68,17 @@ class LookupResponse(_message.Message):
     is_held: _containers.RepeatedScalarFieldContainer[bool]
     def __init__(self, is_held: _Optional[_Iterable[bool]] = ...) -> None: ...
 
-class FetchRequest(_message.Message):
-    __slots__ = ("namespace", "block_hashes")
-    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
-    namespace: str
-    block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
-
-class FetchResponse(_message.Message):
-    __slots__ = ("blocks",)
-    BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    blocks: _containers.RepeatedCompositeFieldContainer[StoredBlock]
-    def __init__(self, blocks: _Optional[_Iterable[_Union[StoredBlock, _Mapping]]] = ...) -> None: ...
-
-class StoredBlock(_message.Message):
-    __slots__ = ("block_hash", "header", "payload")
-    BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
-    HEADER_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    block_hash: bytes
-    header: bytes
-    payload: bytes
-    def __init__(self, block_hash: _Optional[bytes] = ..., header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
-
 class CopyRequest(_message.Message):
-    __slots__ = ("namespace", "block_hashes", "from_address")
+    __slots__ = ("namespace", "block_hashes", "from_address", "wait_ms")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     FROM_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
     from_address: str
-    def __init__(self, namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., from_address: _Optional[str] = ...) -> None: ...
+    wait_ms: int
+    def __init__(self, namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., from_address: _Optional[str] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class CopyResponse(_message.Message):
     __slots__ = ("copied_blocks", "held_blocks")
@@ -93,6 +87,20 @@ class CopyResponse(_message.Message):
     copied_blocks: int
     held_blocks: int
     def __init__(self, copied_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("namespace", "block_hashes")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class PrefetchResponse(_message.Message):
+    __slots__ = ("held_blocks",)
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    held_blocks: int
+    def __init__(self, held_blocks: _Optional[int] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("namespace", "block_hashes")

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from kv_transfer.blocks import BlockKey
+from kv_transfer.arena_store import ArenaStore
 from kv_transfer.link import StoreLink
 from kv_transfer.planner import LoadJob, SaveJob, StepJobs
-from kv_transfer.shm_store import ShmStore
 from tandem.config import EngineConfig
 from tandem.errors import ConfigError
 from tests.dict_store import NAMESPACE, chain
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 
 HASHES = chain(6)
-KEYS = [BlockKey(NAMESPACE, block_hash) for block_hash in HASHES]
+CAPACITY_BYTES = 8 << 20
+BLOCK_TOKENS = 4
 BLOCKS = 12
 
 
@@ -41,7 +41,7 @@ def connector_module() -> Any:
 class Steps:
     """Drives one connector as the engine's model runner does."""
 
-    def __init__(self, module: Any, link: StoreLink, store: ShmStore) -> None:
+    def __init__(self, module: Any, link: StoreLink, store: ArenaStore) -> None:
         self.module = module
         self.link = link
         self.store = store
@@ -78,16 +78,18 @@ def make_connector(module: Any, link: StoreLink, *, groups: int = 1, world_size:
     vllm_config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=link.connector()[2]),
         parallel_config=SimpleNamespace(world_size=world_size),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8 * BLOCK_TOKENS),
     )
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK_TOKENS))
     connector: TandemConnector = module.TandemConnector(
-        vllm_config, module.KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=[None] * groups)
+        vllm_config, module.KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=[group] * groups)
     )
     return connector
 
 
 @pytest.fixture
 async def link(tmp_path: Path) -> AsyncIterator[StoreLink]:
-    made = StoreLink(EngineConfig(store_dir=str(tmp_path / "store")), NAMESPACE, tmp_path, "replica")
+    made = StoreLink(EngineConfig(store_dir=str(tmp_path / "store"), store_capacity_bytes=CAPACITY_BYTES), NAMESPACE, tmp_path, "replica")
     made.listen()
     yield made
     made.close()
@@ -95,8 +97,10 @@ async def link(tmp_path: Path) -> AsyncIterator[StoreLink]:
 
 @pytest.fixture
 async def steps(connector_module: Any, link: StoreLink, tmp_path: Path) -> AsyncIterator[Steps]:
-    made = Steps(connector_module, link, ShmStore(tmp_path / "store", capacity_bytes=1 << 30))
+    store = ArenaStore(tmp_path / "store", capacity_bytes=CAPACITY_BYTES)
+    made = Steps(connector_module, link, store)
     yield made
+    store.close()
     made.connector.shutdown()
     made.connector.shutdown()
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")] == []
@@ -108,6 +112,8 @@ def save(request_id: str, first: int, last: int, *, ends_prompt: bool) -> SaveJo
         tag=request_id,
         block_ids=list(range(first, last)),
         hashes=HASHES[first:last],
+        first_position=first,
+        tenant=0,
         prompt_hashes=HASHES[:last] if ends_prompt else None,
     )
 
@@ -147,9 +153,9 @@ async def test_nothing_of_a_step_with_a_failed_load_is_saved(steps: Steps) -> No
     report = steps.step(loads=[load("r", 1)], saves=[save("r", 0, 2, ends_prompt=False), save("t", 0, 3, ends_prompt=False)])[2]
     assert report == steps.module.StepReport({"r"}, {"r", "t"})
     await steps.publish(0)  # the publisher has nothing before this one
-    assert steps.store.contains(KEYS) == [False] * 6
+    assert steps.store.contains(NAMESPACE, HASHES) == [False] * 6
     assert steps.step(saves=[save("t", 0, 3, ends_prompt=False)])[2] is None
-    await until(lambda: steps.store.contains(KEYS[:3]) == [True] * 3)
+    await until(lambda: steps.store.contains(NAMESPACE, HASHES[:3]) == [True] * 3)
 
 
 async def test_a_prompt_that_ends_beside_a_failed_load_is_told_without_delay(steps: Steps) -> None:

@@ -1,19 +1,20 @@
 """Hand-off on real vLLM: every token equals a plain engine's, whatever the length, the load, the damage."""
 
 import asyncio
-import os
 import random
 import urllib.request
-from pathlib import Path
 
-import psutil
 import pytest
 
 import tandem
-from kv_transfer.blocks import block_hashes
+from kv_transfer.arena_store import ArenaStore
+from kv_transfer.blocks import BlockKey, block_hashes
+from kv_transfer.writers import Writers
 from tandem.demo import DirectCaller
 from tandem.domain import Role
+from tests.arena_blocks import ArenaBlocks
 from tests.integration.conftest import Cluster
+from tests.store_benches import hashes_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -60,9 +61,7 @@ async def test_200_random_cancels_leave_engines_store_and_ledger_as_they_were(cl
     for _ in range(20):
         await asyncio.gather(*(cancel_one() for _ in range(10)))
     await settle(cluster)
-    for name in ("prefill-0", "decode-0"):
-        assert 0 < nameless_files(cluster, name) <= 64  # the spares that a publisher keeps: no reservation of a cancelled request
-    assert all(len(path.name) == 64 for path in cluster.platform.store_dir.glob("*/*"))  # whole blocks only
+    assert arena_faults(cluster) == []  # no staged block of a cancelled request
     token_ids = cluster.prompts.next(500)
     ours = await cluster.client.generate(token_ids, max_tokens=16, temperature=0.0)
     assert list(ours.token_ids) == (await cluster.plain.run(token_ids, 16)).token_ids
@@ -70,11 +69,14 @@ async def test_200_random_cancels_leave_engines_store_and_ledger_as_they_were(cl
         assert await kv_usage(cluster, name) == 0.0
 
 
-def nameless_files(cluster: Cluster, name: str) -> int:
-    """Uncommitted block files that the replica's engine holds open."""
-    engines = psutil.Process(cluster.platform.replicas[name].pid).children(recursive=True)
-    links = [os.readlink(entry.path) for engine in engines for entry in os.scandir(f"/proc/{engine.pid}/fd")]
-    return sum(link.startswith(str(cluster.platform.store_dir)) and link.endswith("(deleted)") for link in links)
+def arena_faults(cluster: Cluster) -> list[str]:
+    """What is wrong with the arena's slots. Those that publishers hold ready are theirs for as long as they live."""
+    blocks, writers = ArenaBlocks(cluster.platform.store_dir), Writers(cluster.platform.store_dir)
+    try:
+        assert 0 < len(blocks.granted()) < len(blocks.free()) + len(blocks.committed())
+        return blocks.faults(writers.is_alive)
+    finally:
+        blocks.close()
 
 
 async def kv_usage(cluster: Cluster, name: str) -> float:
@@ -113,44 +115,39 @@ async def test_a_byte_flipped_in_every_tenth_block_is_recomputed_and_counted(clu
     for token_ids in cases:
         await cluster.client.generate(token_ids, max_tokens=1, temperature=0.0)  # published by the prefill worker
     rng = random.Random(3)
-    files = [found for token_ids in cases for found in await published_files(cluster.platform.store_dir, token_ids)]
-    flipped = files[::10]
-    for path in flipped:
-        damage(path, rng)
+    blocks, flipped_blocks = ArenaBlocks(cluster.platform.store_dir), []
+    for token_ids in cases:
+        flipped = (await published_blocks(blocks, token_ids))[::10]
+        flipped_blocks.append(len(flipped))
+        for wanted in flipped:
+            blocks.flip(wanted, rng.randrange(len(blocks.payload(wanted))), 1 << rng.randrange(8))
+    blocks.close()
+    assert flipped_blocks == [1, 3, 4, 5]
     runs = [await caller.run(token_ids, 24) for token_ids in cases]
     assert [run.token_ids for run in runs] == [plain.token_ids for plain in plains]
-    assert await corrupt_blocks(cluster, fresh.address) == len(flipped)
-    again = DirectCaller(await cluster.platform.add_replica(Role.DECODE, "fresh-decode-2"), [cluster.platform.replicas["prefill-0"]])
+    assert await corrupt_blocks(cluster, fresh.address) == 4  # a load ends at the first
+    other = await cluster.platform.add_replica(Role.DECODE, "fresh-decode-2")
+    again = DirectCaller(other, [cluster.platform.replicas["prefill-0"]])
     runs = [await again.run(token_ids, 24) for token_ids in cases]
     assert [run.token_ids for run in runs] == [plain.token_ids for plain in plains]
-    assert all(run.receipt is not None and run.receipt.decode_recomputed_tokens <= 32 for run in runs)  # made good by then
+    assert await corrupt_blocks(cluster, other.address) == 3
+    assert runs[0].receipt is not None
+    assert runs[0].receipt.decode_recomputed_tokens <= 32  # made good by then
     for one in (caller, again):
         await one.close()
     for name in ("fresh-decode", "fresh-decode-2"):
         await cluster.platform.remove_replica(name)
 
 
-async def published_files(store_dir: Path, token_ids: list[int]) -> list[Path]:
-    """The prompt's block files, in order, once they are all there."""
-    namespace = namespace_folder(store_dir)
-    files = [namespace / block_hash.hex() for block_hash in block_hashes(token_ids, 32)]
+async def published_blocks(blocks: ArenaBlocks, token_ids: list[int]) -> list[BlockKey]:
+    """The prompt's blocks, in order, once they are all there."""
+    namespace = blocks.namespace()
+    wanted = [BlockKey(namespace, block_hash) for block_hash in block_hashes(token_ids, 32)]
     for _ in range(100):
-        if all(path.exists() for path in files):
-            return files
+        if set(wanted) <= set(blocks.held()):
+            return wanted
         await asyncio.sleep(0.02)
     raise AssertionError("the prompt's blocks were not published")
-
-
-def namespace_folder(store_dir: Path) -> Path:
-    """The one namespace of a store that serves one model."""
-    return next(path for path in store_dir.iterdir() if path.is_dir())
-
-
-def damage(path: Path, rng: random.Random) -> None:
-    """Flips one bit anywhere in the file."""
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
 
 
 async def corrupt_blocks(cluster: Cluster, address: str) -> int:
@@ -172,8 +169,12 @@ async def test_a_missing_block_is_recomputed(cluster: Cluster) -> None:
     token_ids = cluster.prompts.next(640)
     plain = await cluster.plain.run(token_ids, 16)
     await cluster.client.generate(token_ids, max_tokens=1, temperature=0.0)
-    for path in (await published_files(cluster.platform.store_dir, token_ids))[5::7]:
-        os.unlink(path)
+    blocks = ArenaBlocks(cluster.platform.store_dir)
+    lost = (await published_blocks(blocks, token_ids))[5::7]
+    blocks.close()
+    store = ArenaStore(cluster.platform.store_dir, capacity_bytes=1)
+    assert store.drop(lost[0].namespace, hashes_of(lost)) == len(lost)
+    store.close()
     fresh = await cluster.platform.add_replica(Role.DECODE, "fresh-missing")
     caller = DirectCaller(fresh, [cluster.platform.replicas["prefill-0"]])
     assert (await caller.run(token_ids, 16)).token_ids == plain.token_ids

@@ -1,29 +1,49 @@
-"""Hand-off between two nodes on real vLLM: each node has a folder and a store service of its own, and every token is a plain engine's."""
+"""Hand-off between two nodes on real vLLM: each node has an arena and a store service of its own, and every token is a plain engine's."""
 
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from kv_transfer.blocks import block_hashes
+from kv_transfer.redis_directory import RedisDirectory
 from tandem.config import MIB, EngineConfig, ReplicaConfig
 from tandem.demo import DirectCaller, Prompts, Run
-from tandem.domain import Receipt, Role
+from tandem.domain import PlannedWorker, Receipt, ReplicaId, Role
 from tandem.engine.model_files import BUNDLED_MODEL, resolve_model, served_name
 from tandem.launch import ReplicaProcess
 from tandem.rpc import open_channel, open_stream
 from tandem.v1 import worker_pb2
 from tandem.zygote_client import ZygoteClient
 from tests.bare_platform import BareOptions, BarePlatform
-from tests.store_nodes import BLOCK_BYTES, Node, read_metric, running_nodes
+from tests.redis_process import running_redis
+from tests.store_nodes import BLOCK_BYTES, WAIT_S, Node, read_metric, running_nodes
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
 BLOCK_TOKENS = 32
 MAX_TOKENS = 24
+
+
+class AcrossNodes(DirectCaller):
+    """Calls a decode replica by the plan that a router makes where the prefill replica is on another node."""
+
+    def __init__(self, decode: ReplicaProcess, prefill: ReplicaProcess) -> None:
+        super().__init__(decode)
+        config = prefill.config
+        worker = PlannedWorker(
+            replica_id=ReplicaId(config.replica_id),
+            incarnation=config.incarnation,
+            address=prefill.address,
+            node=config.node,
+            store_address=config.store_address,
+        )
+        self._plan = replace(self._plan, prefill=(worker,))
 
 
 @dataclass
@@ -34,7 +54,9 @@ class TwoNodes:
     near: Node
     prefill: DirectCaller
     pair: DirectCaller
+    decode: DirectCaller
     plain: DirectCaller
+    directory: RedisDirectory
     prompts: Prompts
     metrics_address: str
 
@@ -50,7 +72,16 @@ class TwoNodes:
         return await asyncio.to_thread(read_metric, self.metrics_address, f"tandem_kv_remote_{name}")
 
 
-async def start_replica(platform: BarePlatform, role: Role, node: Node, name: str, *, is_kv_transfer_on: bool = True) -> ReplicaProcess:
+@asynccontextmanager
+async def open_directory(url: str) -> AsyncIterator[RedisDirectory]:
+    directory = RedisDirectory(url, "c1")
+    yield directory
+    await directory.close()
+
+
+async def start_replica(
+    platform: BarePlatform, role: Role, node: Node, name: str, *, is_kv_transfer_on: bool = True, is_prefetching: bool = False
+) -> ReplicaProcess:
     config = ReplicaConfig(
         replica_id=name,
         role=role,
@@ -68,6 +99,7 @@ async def start_replica(platform: BarePlatform, role: Role, node: Node, name: st
         runtime_dir=str(platform.runtime_dir),
         log_path=str(platform.runtime_dir / f"{name}.log"),
         publish_wait_s=3.0,
+        prefetch_wait_s=WAIT_S if is_prefetching else 0.0,
     )
     replica = await ZygoteClient(platform.runtime_dir / "zygote.sock", wait_s=1.0).start_replica(config)
     await replica.wait_ready()
@@ -86,31 +118,38 @@ async def read_metrics_address(replica: ReplicaProcess) -> str:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TwoNodes]:
     folder: Path = tmp_path_factory.mktemp("nodes")
-    far, near = Node("far", folder), Node("near", folder)
     platform = BarePlatform(BareOptions(prefill=0, decode=0, is_router_on=False))
     replicas: list[ReplicaProcess] = []
     callers: list[DirectCaller] = []
+
+    async def start(role: Role, node: Node, name: str, *, is_kv_transfer_on: bool = True, is_prefetching: bool = False) -> ReplicaProcess:
+        replicas.append(await start_replica(platform, role, node, name, is_kv_transfer_on=is_kv_transfer_on, is_prefetching=is_prefetching))
+        return replicas[-1]
+
     try:
         await platform.start()
-        async with running_nodes(far, near):
-            await near.connect(far)
-            prefill = await start_replica(platform, Role.PREFILL, far, "far-prefill")
-            replicas.append(prefill)
-            decode = await start_replica(platform, Role.DECODE, near, "near-decode")
-            replicas.append(decode)
-            plain = await start_replica(platform, Role.DECODE, near, "plain", is_kv_transfer_on=False)
-            replicas.append(plain)
-            made = TwoNodes(
-                far=far,
-                near=near,
-                prefill=DirectCaller(prefill),
-                pair=DirectCaller(decode, [prefill]),
-                plain=DirectCaller(plain),
-                prompts=Prompts(),
-                metrics_address=await read_metrics_address(decode),
+        async with running_redis(folder) as redis, open_directory(redis.url) as directory:
+            far, near = (
+                Node(name, folder, options=("--share", "--cluster=c1"), environment={"REDIS_URL": redis.url}) for name in ("far", "near")
             )
-            callers += [made.prefill, made.pair, made.plain]
-            yield made
+            async with running_nodes(far, near):
+                await near.connect(far)
+                prefill = await start(Role.PREFILL, far, "far-prefill")
+                decode = await start(Role.DECODE, near, "near-decode", is_prefetching=True)
+                plain = await start(Role.DECODE, near, "plain", is_kv_transfer_on=False)
+                made = TwoNodes(
+                    far=far,
+                    near=near,
+                    prefill=DirectCaller(prefill),
+                    pair=AcrossNodes(decode, prefill),
+                    decode=DirectCaller(decode),
+                    plain=DirectCaller(plain),
+                    directory=directory,
+                    prompts=Prompts(),
+                    metrics_address=await read_metrics_address(decode),
+                )
+                callers += [made.prefill, made.pair, made.decode, made.plain]
+                yield made
     finally:
         for caller in callers:
             await caller.close()
@@ -139,19 +178,32 @@ async def test_concurrent_requests_are_all_exact(nodes: TwoNodes) -> None:
     assert all(run.receipt is not None and run.receipt.kv_bytes_shipped > 0 for run in ours)
 
 
-async def test_a_damaged_block_is_not_served_and_the_decode_worker_computes_from_there(nodes: TwoNodes) -> None:
+async def test_damaged_blocks_are_not_served_but_published_or_computed_again(nodes: TwoNodes) -> None:
     token_ids = nodes.prompts.next(640)
-    await nodes.prefill.run(token_ids, 1)  # fills the far node's folder
+    await nodes.prefill.run(token_ids, 1)  # fills the far node's arena
     corrupt_blocks = await nodes.far.metric("corrupt_blocks_total")
-    for path in nodes.far.folder.glob("*/*"):
-        with path.open("r+b") as file:
-            file.seek(5000)
-            byte = file.read(1)[0]
-            file.seek(5000)
-            file.write(bytes([byte ^ 1]))
-    receipt = await nodes.both(token_ids)
-    assert receipt.kv_bytes_shipped == 0
+    damaged = nodes.far.blocks.held()
+    for wanted in damaged:
+        nodes.far.blocks.flip(wanted, 5000)
+    await nodes.both(token_ids)
     assert await nodes.far.metric("corrupt_blocks_total") > corrupt_blocks
+
+
+async def test_a_prefix_that_another_node_computed_is_not_computed_again(nodes: TwoNodes) -> None:
+    prefix = nodes.prompts.next(1000)
+    first, second = prefix + nodes.prompts.next(100), prefix + nodes.prompts.next(130)
+    await nodes.prefill.run(first, MAX_TOKENS)
+    hashes = block_hashes(prefix, BLOCK_TOKENS)
+    async with asyncio.timeout(WAIT_S):
+        while await nodes.directory.holders(nodes.far.blocks.namespace(), hashes) != [{nodes.far.address}] * len(hashes):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    fetched_blocks = await nodes.near.metric("fetched_blocks_total")
+    ours, plain = await nodes.decode.run(second, MAX_TOKENS), await nodes.plain.run(second, MAX_TOKENS)
+    assert (ours.token_ids, ours.text) == (plain.token_ids, plain.text)
+    assert ours.receipt is not None
+    assert ours.receipt.cached_tokens == len(hashes) * BLOCK_TOKENS == 992
+    assert ours.receipt.decode_recomputed_tokens == 1130 - 992
+    assert await nodes.near.metric("fetched_blocks_total") - fetched_blocks == len(hashes)
 
 
 async def test_a_killed_source_store_costs_the_blocks_and_comes_back(nodes: TwoNodes) -> None:

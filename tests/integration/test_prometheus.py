@@ -95,9 +95,12 @@ def own_user() -> Iterator[None]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def platform(own_user: None) -> AsyncIterator[Platform]:
+async def platform(own_user: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Platform]:
     model = ModelConfig(kv_cache_bytes=64 * MIB)
-    started = Platform(ClusterConfig(port=0, http_port=0, store_capacity_bytes=128 * MIB, models=(model,)))
+    disk = str(tmp_path_factory.mktemp("disk"))
+    started = Platform(
+        ClusterConfig(port=0, http_port=0, store_capacity_bytes=128 * MIB, models=(model,), kv_disk=disk, kv_redis_bytes=32 * MIB)
+    )
     try:
         await started.start()
         yield started

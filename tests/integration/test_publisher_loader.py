@@ -1,7 +1,6 @@
-"""KV blocks from one engine's tensors through the store into another's, and the notices on the way: real files, sockets and threads."""
+"""KV blocks from one engine's tensors through the store into another's, and the notices on the way: a real arena, sockets, threads."""
 
 import asyncio
-import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -9,100 +8,29 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from kv_transfer.blocks import BlockKey
-from kv_transfer.kv_tensors import KvTensors
+from kv_transfer.arena_store import ArenaStore, Staged
+from kv_transfer.copies import BlockRows
+from kv_transfer.kv_tensors import BlockIds, KvTensors
 from kv_transfer.link import ConnectorOptions, StoreLink
 from kv_transfer.loader import Loader, LoadResult
 from kv_transfer.notices import NoticeReceiver, NoticeSender, TransferTotals
 from kv_transfer.planner import LoadJob
 from kv_transfer.publisher import Publisher
-from kv_transfer.shm_store import ShmStore
-from kv_transfer.store import BlockOutcome, BlockStore, PutOutcome
+from kv_transfer.store import BlockOutcome, PutOutcome
 from tandem.config import EngineConfig
+from tandem.domain import BlockHash, Namespace
 from tandem.engine.base import KvLoaded
 from tandem.errors import ConfigError
 from tandem.faults import Faults
-from tests.dict_store import NAMESPACE, DictStore, key
+from tests.arena_blocks import ArenaBlocks
+from tests.dict_store import NAMESPACE, block_hash, key
+from tests.kv_layers import contiguous, gather, make_layers
+from tests.store_benches import as_rows, get, held
 
 pytestmark = pytest.mark.integration
-
-LAYERS = 3
-
-
-def contiguous(blocks: int, heads: int, tokens: int, channels: int) -> list[torch.Tensor]:
-    return [torch.zeros(blocks, heads, tokens, channels, dtype=torch.float64) for _ in range(LAYERS)]
-
-
-def tokens_before_heads(blocks: int, heads: int, tokens: int, channels: int) -> list[torch.Tensor]:
-    return [torch.zeros(blocks, tokens, heads, channels, dtype=torch.float64).permute(0, 2, 1, 3) for _ in range(LAYERS)]
-
-
-def one_storage(blocks: int, heads: int, tokens: int, channels: int) -> list[torch.Tensor]:
-    return list(torch.zeros(LAYERS, blocks, heads, tokens, channels, dtype=torch.float64))
-
-
-def blocks_outermost(blocks: int, heads: int, tokens: int, channels: int) -> list[torch.Tensor]:
-    return list(torch.zeros(blocks, LAYERS, heads, tokens, channels, dtype=torch.float64).transpose(0, 1))
-
-
-Layout = Callable[[int, int, int, int], list[torch.Tensor]]
-LAYOUTS = (contiguous, tokens_before_heads, one_storage, blocks_outermost)
-SHAPES = ((5, 2, 4, 8), (4, 1, 1, 2), (3, 4, 32, 6))
-
-
-def make_layers(layout: Layout, shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int | None) -> dict[str, torch.Tensor]:
-    """Named layers in this memory layout, zero or random."""
-    layers = {}
-    for number, made in enumerate(layout(*shape)):
-        layer = made.to(dtype)  # keeps the strides
-        assert layer.stride() == made.stride() or dtype is not torch.float64
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed + number)
-            layer.copy_(torch.randint(0, 200, shape, generator=generator).to(dtype))
-        layers[f"model.layers.{number}.attn"] = layer
-    return layers
-
-
-class TestKvTensors:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_blocks_come_back_from_their_rows(self, layout: Layout, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-        source, target = make_layers(layout, shape, dtype, 1), make_layers(layout, shape, dtype, None)
-        ours, theirs = KvTensors(source), KvTensors(target)
-        assert ours.num_blocks == shape[0]
-        assert ours.block_bytes == LAYERS * math.prod(shape[1:]) * dtype.itemsize
-        rows = [np.zeros(ours.block_bytes, dtype=np.uint8) for _ in range(2)]
-        ours.gather([2, 0], rows)
-        theirs.scatter([1, 2], rows)
-        for name, layer in source.items():
-            assert torch.equal(target[name][1], layer[2])
-            assert torch.equal(target[name][2], layer[0])
-            assert not target[name][0].any()
-
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_a_row_is_in_logical_order_whatever_the_layout(self, layout: Layout) -> None:
-        layers = make_layers(layout, (3, 2, 4, 8), torch.float32, 1)
-        tensors = KvTensors(layers)
-        row = np.zeros(tensors.block_bytes, dtype=np.uint8)
-        tensors.gather([1], [row])
-        assert row.tobytes() == b"".join(layer[1].contiguous().numpy().tobytes() for layer in layers.values())
-
-    def test_layers_are_in_the_order_of_their_numbers(self) -> None:
-        layers = {f"model.layers.{number}.attn": torch.full((1, 1, 1, 1), number, dtype=torch.uint8) for number in (10, 9, 2)}
-        row = np.zeros(3, dtype=np.uint8)
-        KvTensors(layers).gather([0], [row])
-        assert row.tolist() == [2, 9, 10]
-
-    def test_nothing_is_copied_for_no_blocks(self) -> None:
-        tensors = KvTensors(make_layers(contiguous, SHAPES[0], torch.float32, 1))
-        tensors.gather([], [])
-        tensors.scatter([], [])
-
 
 SHAPE = (80, 2, 4, 8)
 
@@ -110,7 +38,7 @@ SHAPE = (80, 2, 4, 8)
 class Side:
     """One engine's worker half: tensors, publisher and loader, and the replica's link to it."""
 
-    def __init__(self, link: StoreLink, store: BlockStore, seed: int | None) -> None:
+    def __init__(self, link: StoreLink, store: ArenaStore, seed: int | None) -> None:
         self.link = link
         self.store = store
         self.layers = make_layers(contiguous, SHAPE, torch.float32, seed)
@@ -121,14 +49,14 @@ class Side:
         self.loader = Loader(self.tensors, store, NAMESPACE, self.notices, self.totals)
 
     @contextmanager
-    def publisher(self, *, rows: int = 80, evict_after_blocks: int = 10_000, faults: str = "") -> Iterator[Publisher]:
+    def publisher(self, *, granted_blocks: int = 80, faults: str = "") -> Iterator[Publisher]:
         made = Publisher(
             self.tensors,
             self.store,
+            NAMESPACE,
             self.notices,
             self.totals,
-            staging_bytes=rows * self.tensors.block_bytes,
-            evict_after_bytes=evict_after_blocks * self.tensors.block_bytes,
+            granted_blocks=granted_blocks,
             faults=Faults.parse(faults),
         )
         try:
@@ -137,14 +65,12 @@ class Side:
             made.close()
 
     def block(self, block_id: int) -> bytes:
-        row = np.zeros(self.tensors.block_bytes, dtype=np.uint8)
-        self.tensors.gather([block_id], [row])
-        return row.tobytes()
+        return gather(self.tensors, [block_id])[0]
 
     def publish(self, blocks: int) -> None:
         """Puts blocks 0, 1, ... under keys 0, 1, ... straight into the store."""
-        payloads = [memoryview(bytearray(self.block(number))) for number in range(blocks)]
-        assert set(self.store.put(keys(blocks), payloads)) == {PutOutcome.STORED}
+        rows = as_rows(*map(self.block, range(blocks)))
+        assert set(self.store.put(NAMESPACE, hashes(blocks), rows)) == {PutOutcome.STORED}
 
     def job(self, blocks: int, *, is_async: bool = False) -> LoadJob:
         """Keys 0, 1, ... into engine blocks 79, 78, ..."""
@@ -153,13 +79,17 @@ class Side:
             tag="r.d1",
             local_tokens=12,
             block_ids=[79 - number for number in range(blocks)],
-            hashes=[one.block_hash for one in keys(blocks)],
+            hashes=hashes(blocks),
             is_async=is_async,
         )
 
 
-def keys(blocks: int) -> list[BlockKey]:
-    return [key(number) for number in range(blocks)]
+def hashes(blocks: int) -> list[BlockHash]:
+    return [block_hash(number) for number in range(blocks)]
+
+
+def are_held(store: ArenaStore, blocks: int) -> list[bool]:
+    return held(store, [key(number) for number in range(blocks)])
 
 
 def make_link(tmp_path: Path, name: str) -> StoreLink:
@@ -167,15 +97,17 @@ def make_link(tmp_path: Path, name: str) -> StoreLink:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ShmStore:
-    return ShmStore(tmp_path / "store", capacity_bytes=1 << 30)
+def store(tmp_path: Path) -> Iterator[ArenaStore]:
+    made = ArenaStore(tmp_path / "store", capacity_bytes=8 << 20)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-async def make_side(tmp_path: Path, store: ShmStore) -> AsyncIterator[Callable[..., Side]]:
+async def make_side(tmp_path: Path, store: ArenaStore) -> AsyncIterator[Callable[..., Side]]:
     sides: list[Side] = []
 
-    def make(seed: int | None = 1, other_store: BlockStore | None = None) -> Side:
+    def make(seed: int | None = 1, other_store: ArenaStore | None = None) -> Side:
         link = make_link(tmp_path, f"side-{len(sides)}")
         link.listen()
         sides.append(Side(link, other_store or store, seed))
@@ -218,39 +150,35 @@ async def results_of(loader: Loader, loads: int) -> list[LoadResult]:
 
 
 class TestPublisher:
-    async def test_the_replica_is_told_once_the_last_chunk_is_in_the_store(self, side: Side, store: ShmStore) -> None:
+    async def test_the_replica_is_told_once_the_last_chunk_is_in_the_store(self, side: Side, store: ArenaStore) -> None:
         side.link.run_params("r.p1", load=True, publish=True)
         with side.publisher() as publisher:
-            publisher.submit([5, 6], keys(4)[:2], tag="r.p1", prompt_keys=None)
-            publisher.submit([7, 8], keys(4)[2:], tag="r.p1", prompt_keys=keys(4))
+            publisher.submit([5, 6], hashes(4)[:2], tag="r.p1", prompt_hashes=None)
+            publisher.submit([7, 8], hashes(4)[2:], tag="r.p1", prompt_hashes=hashes(4))
             assert await side.link.published("r.p1", 10.0) == 4
         for number in range(4):
-            buffer = bytearray(side.tensors.block_bytes)
-            assert store.get_into([key(number)], [memoryview(buffer)]) == [BlockOutcome.HIT]
-            assert bytes(buffer) == side.block(5 + number)
+            assert get(store, key(number), side.tensors.block_bytes) == (BlockOutcome.HIT, side.block(5 + number))
 
     async def test_the_totals_come_with_the_notice(self, side: Side) -> None:
         side.link.run_params("r.p1", load=True, publish=True)
         with side.publisher() as publisher:
-            publisher.submit([5, 6], keys(2), tag="r.p1", prompt_keys=keys(2))
+            publisher.submit([5, 6], hashes(2), tag="r.p1", prompt_hashes=hashes(2))
             await side.link.published("r.p1", 10.0)
         totals = side.link.totals()
         assert (totals.published_blocks, totals.published_bytes) == (2, 2 * side.tensors.block_bytes)
         assert totals.unstored_blocks == 0
 
-    async def test_what_the_engine_does_after_submit_does_not_change_the_block(self, side: Side, store: ShmStore) -> None:
+    async def test_what_the_engine_does_after_submit_does_not_change_the_block(self, side: Side, store: ArenaStore) -> None:
         before = side.block(5)
         with side.publisher(faults="kv_publish.delay_s=0.05") as publisher:
-            publisher.submit([5], keys(1), tag="r.p1", prompt_keys=None)
+            publisher.submit([5], hashes(1), tag="r.p1", prompt_hashes=None)
             side.layers["model.layers.0.attn"].zero_()
-        buffer = bytearray(side.tensors.block_bytes)
-        store.get_into(keys(1), [memoryview(buffer)])
-        assert bytes(buffer) == before
+        assert get(store, key(0), side.tensors.block_bytes) == (BlockOutcome.HIT, before)
 
     async def test_a_prompt_without_a_full_block_is_told_too(self, side: Side) -> None:
         side.link.run_params("r.p1", load=True, publish=True)
         with side.publisher() as publisher:
-            publisher.submit([], [], tag="r.p1", prompt_keys=[])
+            publisher.submit([], [], tag="r.p1", prompt_hashes=[])
             async with asyncio.timeout(10.0):
                 assert await side.link.published("r.p1", 60.0) == 0
         assert side.link.totals().unstored_blocks == 0
@@ -258,90 +186,113 @@ class TestPublisher:
     async def test_blocks_that_the_store_holds_are_not_stored_again(self, side: Side) -> None:
         side.publish(3)
         side.link.run_params("r.p1", load=True, publish=True)
-        with side.publisher(rows=1) as publisher:
-            publisher.submit([0, 1, 2, 3], keys(4), tag="r.p1", prompt_keys=keys(4))
+        with side.publisher() as publisher:
+            publisher.submit([0, 1, 2, 3], hashes(4), tag="r.p1", prompt_hashes=hashes(4))
             assert await side.link.published("r.p1", 10.0) == 4
         assert side.totals.published_blocks == 1
 
-    async def test_what_finds_no_staging_row_is_counted_and_not_published(self, side: Side, store: ShmStore) -> None:
-        side.link.run_params("r.p1", load=True, publish=True)
-        with side.publisher(rows=2) as publisher:
-            publisher.submit([0, 1, 2, 3, 4], keys(5), tag="r.p1", prompt_keys=keys(5))
-            assert await side.link.published("r.p1", 10.0) == 2
+    async def test_what_finds_no_granted_slot_is_counted_and_not_published(self, make_side: Callable[..., Side], tmp_path: Path) -> None:
+        store = ArenaStore(tmp_path / "small", capacity_bytes=1 << 20)
+        side = make_side(other_store=store)
+        with side.publisher(granted_blocks=1) as publisher:
+            granted = store.prepare(side.tensors.block_bytes, 0)
+            assert 0 < granted < 50
+            side.link.run_params("r.p1", load=True, publish=True)
+            publisher.submit(range(granted + 3), hashes(granted + 3), tag="r.p1", prompt_hashes=hashes(granted + 3))
+            assert await side.link.published("r.p1", 10.0) == granted
             assert side.link.totals().unstored_blocks == 3
+            await eventually(lambda: store.prepare(side.tensors.block_bytes, 0) > 0)  # slots for the next step
             side.link.run_params("s.p1", load=True, publish=True)
-            publisher.submit([2, 3], keys(4)[2:], tag="s.p1", prompt_keys=keys(5))  # the rows are free again
-            assert await side.link.published("s.p1", 10.0) == 4
-        assert store.contains(keys(5)) == [True] * 4 + [False]
+            publisher.submit([granted], [block_hash(granted)], tag="s.p1", prompt_hashes=hashes(granted + 3))
+            assert await side.link.published("s.p1", 10.0) == granted + 1
+        store.close()
 
-    async def test_a_block_that_finds_no_room_is_counted_and_room_is_made(self, make_side: Callable[..., Side]) -> None:
-        block_bytes = make_side().tensors.block_bytes
-        side = make_side(other_store=DictStore(capacity_bytes=2 * block_bytes, max_bytes=3 * block_bytes))
-        side.link.run_params("r.p1", load=True, publish=True)
+    async def test_slots_are_granted_before_the_first_step(self, side: Side, store: ArenaStore) -> None:
+        with side.publisher(granted_blocks=70):
+            assert store.prepare(side.tensors.block_bytes, 0) >= 70
+
+    async def test_a_block_goes_on_record_with_its_place_in_its_prompt(self, side: Side, store: ArenaStore, tmp_path: Path) -> None:
+        side.publish(1)
         with side.publisher() as publisher:
-            publisher.submit([0, 1, 2], keys(3), tag="r.p1", prompt_keys=keys(3))
-            assert await side.link.published("r.p1", 10.0) == 2
-            assert side.link.totals().unstored_blocks == 1
-            await eventually(lambda: side.totals.evicted_blocks > 0)
-            side.link.run_params("s.p1", load=True, publish=True)
-            publisher.submit([3], [key(3)], tag="s.p1", prompt_keys=[key(3)])
-            assert await side.link.published("s.p1", 10.0) == 1
+            publisher.submit([0, 1, 2], hashes(3), tag="r.p1", prompt_hashes=None, first_position=10)
+        blocks = ArenaBlocks(tmp_path / "store")
+        assert [int(blocks.arena.records["position"][blocks.slot(key(number))]) for number in (1, 2)] == [11, 12]
+        blocks.close()
 
-    async def test_the_store_is_brought_under_its_capacity_from_time_to_time(self, make_side: Callable[..., Side], tmp_path: Path) -> None:
-        block_bytes = make_side().tensors.block_bytes
-        small = ShmStore(tmp_path / "small", capacity_bytes=4 * block_bytes)
+    async def test_new_blocks_take_the_place_of_old_ones_in_a_full_store(self, make_side: Callable[..., Side], tmp_path: Path) -> None:
+        small = ArenaStore(tmp_path / "small", capacity_bytes=1 << 20)
         side = make_side(other_store=small)
-        with side.publisher(evict_after_blocks=5) as publisher:
-            for number in range(10):
-                publisher.submit([number], [key(number)], tag="r.p1", prompt_keys=None)
-        assert side.totals.evicted_blocks > 0
-        assert small.stats().used_bytes <= 4 * block_bytes
+        steps = 3 * (1 << 20) // (40 * side.tensors.block_bytes)
+        with side.publisher(granted_blocks=40) as publisher:
+            for step in range(steps):
+                tag, names = f"{step}.p1", [block_hash(1000 * step + number) for number in range(40)]
+                side.link.run_params(tag, load=True, publish=True)
+                publisher.submit(range(40), names, tag=tag, prompt_hashes=names)
+                assert await side.link.published(tag, 10.0) == 40, step
+                await eventually(lambda: small.prepare(side.tensors.block_bytes, 0) >= 40)
+        assert side.totals.unstored_blocks == 0
+        assert small.stats().used_bytes <= 1 << 20
+        small.close()
 
-    async def test_a_broken_store_does_not_keep_the_replica_waiting(self, make_side: Callable[..., Side]) -> None:
-        class Broken(DictStore):
-            def put(self, keys: Sequence[BlockKey], payloads: Sequence[memoryview]) -> list[PutOutcome]:
+    async def test_a_store_without_room_is_counted_and_keeps_nobody_waiting(self, make_side: Callable[..., Side], tmp_path: Path) -> None:
+        full, other = (ArenaStore(tmp_path / "full", capacity_bytes=1 << 20) for _ in range(2))
+        side = make_side(other_store=full)
+        other.prepare(side.tensors.block_bytes, 1 << 20)
+        with side.publisher() as publisher:
+            side.link.run_params("r.p1", load=True, publish=True)
+            publisher.submit([0, 1, 2], hashes(3), tag="r.p1", prompt_hashes=hashes(3))
+            assert await side.link.published("r.p1", 10.0) == 0
+            assert side.link.totals().unstored_blocks == 3
+        for store in (full, other):
+            store.close()
+
+    async def test_a_broken_store_does_not_keep_the_replica_waiting(self, make_side: Callable[..., Side], tmp_path: Path) -> None:
+        class Broken(ArenaStore):
+            def commit(self, staged: Staged) -> list[PutOutcome]:
                 raise OSError("broken")
 
-        side = make_side(other_store=Broken())
-        with side.publisher(rows=1) as publisher:
-            for tag in ("r.p1", "s.p1"):  # the second finds the row free
+        broken = Broken(tmp_path / "broken", capacity_bytes=1 << 20)
+        side = make_side(other_store=broken)
+        with side.publisher(granted_blocks=1) as publisher:
+            for tag in ("r.p1", "s.p1"):
                 side.link.run_params(tag, load=True, publish=True)
-                publisher.submit([0], keys(1), tag=tag, prompt_keys=keys(1))
+                publisher.submit([0], hashes(1), tag=tag, prompt_hashes=hashes(1))
                 async with asyncio.timeout(10.0):
                     assert await side.link.published(tag, 60.0) == 0
         assert side.totals.unstored_blocks == 0
+        broken.close()
 
     async def test_the_delay_fault_holds_back_blocks_and_notice(self, side: Side) -> None:
         side.link.run_params("r.p1", load=True, publish=True)
         with side.publisher(faults="kv_publish.delay_s=0.2") as publisher:
             started_s = time.monotonic()
-            publisher.submit([0], keys(1), tag="r.p1", prompt_keys=keys(1))
+            publisher.submit([0], hashes(1), tag="r.p1", prompt_hashes=hashes(1))
             assert await side.link.published("r.p1", 0.01) == 0
             assert await side.link.published("r.p1", 10.0) == 1
             assert time.monotonic() - started_s >= 0.2
 
-    async def test_the_drop_fault_loses_every_nth_block(self, side: Side, store: ShmStore) -> None:
+    async def test_the_drop_fault_loses_every_nth_block(self, side: Side, store: ArenaStore) -> None:
         side.link.run_params("r.p1", load=True, publish=True)
         with side.publisher(faults="kv_put.drop_every=2") as publisher:
-            publisher.submit([0, 1, 2, 3], keys(4), tag="r.p1", prompt_keys=keys(4))
+            publisher.submit([0, 1, 2, 3], hashes(4), tag="r.p1", prompt_hashes=hashes(4))
             assert await side.link.published("r.p1", 10.0) == 1
-        assert store.contains(keys(4)) == [True, False, True, False]
+        assert are_held(store, 4) == [True, False, True, False]
 
-    async def test_close_ends_the_thread_after_the_jobs_that_are_there(self, side: Side, store: ShmStore) -> None:
+    async def test_close_ends_the_thread_after_the_jobs_that_are_there(self, side: Side, store: ArenaStore) -> None:
         with side.publisher(faults="kv_publish.delay_s=0.02") as publisher:
             for number in range(3):
-                publisher.submit([number], [key(number)], tag="r.p1", prompt_keys=None)
+                publisher.submit([number], [block_hash(number)], tag="r.p1", prompt_hashes=None)
             assert kv_threads() == ["kv-publisher"]
         assert kv_threads() == []
-        assert store.contains(keys(3)) == [True] * 3
+        assert are_held(store, 3) == [True] * 3
         publisher.close()
 
-    async def test_a_replica_that_is_gone_does_not_break_the_publisher(self, side: Side, store: ShmStore) -> None:
+    async def test_a_replica_that_is_gone_does_not_break_the_publisher(self, side: Side, store: ArenaStore) -> None:
         side.link.close()
         with side.publisher() as publisher:
             for number in range(2):
-                publisher.submit([number], [key(number)], tag="r.p1", prompt_keys=[key(number)])
-        assert store.contains(keys(2)) == [True, True]
+                publisher.submit([number], [block_hash(number)], tag="r.p1", prompt_hashes=[block_hash(number)])
+        assert are_held(store, 2) == [True, True]
 
 
 class TestLoader:
@@ -359,25 +310,25 @@ class TestLoader:
         assert target.link.take_loaded("r.d1") is None
 
     @pytest.mark.parametrize("bad", [0, 2, 66])
-    async def test_a_corrupt_block_invalidates_all_from_there_on(self, make_side: Callable[..., Side], store: ShmStore, bad: int) -> None:
+    async def test_a_corrupt_block_invalidates_all_from_there_on(self, make_side: Callable[..., Side], store: ArenaStore, bad: int) -> None:
         source, target = make_side(seed=1), make_side(seed=None)
         source.publish(70)
-        path = next((Path(source.options.store_dir) / NAMESPACE).glob(key(bad).block_hash.hex()))
-        stored = bytearray(path.read_bytes())
-        stored[-1] ^= 1
-        path.write_bytes(stored)
+        blocks = ArenaBlocks(Path(source.options.store_dir))
+        blocks.flip(key(bad), target.tensors.block_bytes - 1)
+        blocks.close()
         result = target.loader.load(target.job(70))
         assert result.invalid_block_ids == [79 - number for number in range(bad, 70)]
         assert all(target.block(79 - number) == source.block(number) for number in range(bad))
-        assert not any(any(target.block(79 - number)) for number in range(bad, 70))
+        # The corrupt one may be there in part: the engine computes it. Nothing after it was touched.
+        assert not any(any(target.block(79 - number)) for number in range(bad + 1, 70))
         assert (target.totals.corrupt_blocks, target.totals.missing_blocks, target.totals.loaded_blocks) == (1, 0, bad)
-        assert store.contains([key(bad)]) == [False]
+        assert held(store, [key(bad)]) == [False]
         await eventually(lambda: target.link.totals().corrupt_blocks == 1)
 
-    async def test_a_missing_block_invalidates_all_from_there_on(self, make_side: Callable[..., Side], store: ShmStore) -> None:
+    async def test_a_missing_block_invalidates_all_from_there_on(self, make_side: Callable[..., Side], store: ArenaStore) -> None:
         source, target = make_side(seed=1), make_side(seed=None)
         source.publish(4)
-        store.quarantine(key(1))
+        store.drop(NAMESPACE, [block_hash(1)])
         assert target.loader.load(target.job(4)).invalid_block_ids == [78, 77, 76]
         assert (target.totals.corrupt_blocks, target.totals.missing_blocks, target.totals.loaded_blocks) == (0, 1, 1)
 
@@ -391,16 +342,26 @@ class TestLoader:
         assert target.block(79) == source.block(0)
         assert target.loader.take_results() == []
 
-    async def test_a_broken_store_ends_a_load_outside_the_step_too(self, make_side: Callable[..., Side]) -> None:
-        class Broken(DictStore):
-            def get_into(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> list[BlockOutcome]:
+    async def test_a_broken_store_ends_a_load_outside_the_step_too(self, make_side: Callable[..., Side], tmp_path: Path) -> None:
+        class Broken(ArenaStore):
+            def load(
+                self,
+                namespace: Namespace,
+                hashes: Sequence[BlockHash],
+                rows: BlockRows,
+                block_ids: BlockIds,
+                *,
+                only_leading: bool = False,
+            ) -> list[BlockOutcome]:
                 raise OSError("broken")
 
-        target = make_side(other_store=Broken())
+        broken = Broken(tmp_path / "broken", capacity_bytes=1 << 20)
+        target = make_side(other_store=broken)
         for _ in range(2):
             target.loader.load_later(target.job(2, is_async=True))
         results = await results_of(target.loader, 2)
         assert [result.invalid_block_ids for result in results] == [[79, 78]] * 2
+        broken.close()
 
     async def test_close_ends_the_thread_after_the_jobs_that_are_there(self, make_side: Callable[..., Side]) -> None:
         source, target = make_side(seed=1), make_side(seed=None)
@@ -433,7 +394,7 @@ class TestStoreLink:
     async def test_a_notice_that_came_first_is_kept(self, side: Side) -> None:
         side.link.run_params("r.p1", load=True, publish=True)
         with side.publisher() as publisher:
-            publisher.submit([0], keys(1), tag="r.p1", prompt_keys=keys(1))
+            publisher.submit([0], hashes(1), tag="r.p1", prompt_hashes=hashes(1))
         await eventually(lambda: side.link.totals().published_blocks == 1)
         assert await side.link.published("r.p1", 1.0) == 1
 

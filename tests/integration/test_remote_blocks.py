@@ -24,6 +24,7 @@ from tandem.v1 import common_pb2, inference_pb2, store_pb2, worker_pb2
 from tandem.worker_state import WorkerState
 from tests.fake_engine import INFO, FakeEngine
 from tests.samples import make_lease, make_request
+from tests.store_nodes import until
 
 pytestmark = pytest.mark.integration
 
@@ -36,25 +37,31 @@ WAIT_S = 10.0
 
 @dataclass
 class FakeStore:
-    """The Store service of the decode worker's node."""
+    """The Store service of the decode worker's node: `followed` are asked for as prefill starts, `asked` once it has ended."""
 
     held_blocks: int | None = None  # None: all that were asked for
     error: TandemError | None = None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[store_pb2.CopyRequest] = field(default_factory=list)
+    followed: list[store_pb2.CopyRequest] = field(default_factory=list)
+    given_up: list[store_pb2.CopyRequest] = field(default_factory=list)
 
     async def copy(self, request: store_pb2.CopyRequest, its_call: ServerCall) -> store_pb2.CopyResponse:
-        self.asked.append(request)
-        await self.gate.wait()
+        (self.followed if request.wait_ms else self.asked).append(request)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.given_up.append(request)
+            raise
         if self.error is not None:
             raise self.error
         held_blocks = len(request.block_hashes) if self.held_blocks is None else self.held_blocks
-        return store_pb2.CopyResponse(copied_blocks=held_blocks, held_blocks=held_blocks)
+        return store_pb2.CopyResponse(copied_blocks=held_blocks if request.wait_ms else 0, held_blocks=held_blocks)
 
     async def refuse(self, request: object, its_call: ServerCall) -> None:
         raise AssertionError
 
-    stat = lookup = fetch = evict = refuse
+    stat = lookup = prefetch = evict = refuse
 
 
 class Replica:
@@ -90,7 +97,13 @@ class Nodes:
 
     async def run(self, *, prompt_tokens: int = PROMPT_TOKENS, timeout_s: float = WAIT_S, **changes: object) -> tuple[list[int], Receipt]:
         prefill, decode = (
-            PlannedWorker(replica_id=lease.replica_id, incarnation=lease.incarnation, address=lease.address, node=lease.node)
+            PlannedWorker(
+                replica_id=lease.replica_id,
+                incarnation=lease.incarnation,
+                address=lease.address,
+                node=lease.node,
+                store_address=lease.store_address,
+            )
             for lease in (self.prefill.state.lease, self.decode.state.lease)
         )
         request = make_request("r", prompt_tokens, Sampling(max_tokens=4), **changes)
@@ -128,7 +141,11 @@ def hashes(tokens: int, salt: str = "") -> list[bytes]:
 
 class TestAsking:
     async def test_the_decode_nodes_store_is_asked_for_the_published_blocks(self, nodes: Nodes) -> None:
-        token_ids, receipt = await nodes.run()
+        nodes.prefill.engine.gate.clear()
+        running = asyncio.create_task(nodes.run())
+        await until(lambda: nodes.decode.metric("copied_blocks_total") == 3)
+        nodes.prefill.engine.gate.set()
+        token_ids, receipt = await running
         assert token_ids == EXPECTED
         assert receipt.handed_off
         (asked,) = nodes.store.asked
@@ -160,24 +177,43 @@ class TestAsking:
 
     async def test_without_a_full_block_nobody_is_asked(self, nodes: Nodes) -> None:
         token_ids, _ = await nodes.run(prompt_tokens=3)
-        assert (token_ids, nodes.store.asked) == ([4, 5, 6, 7], [])
+        assert (token_ids, nodes.store.asked, nodes.store.followed) == ([4, 5, 6, 7], [], [])
 
-    async def test_earlier_chunks_are_asked_for_before_the_last_is_published(self, nodes: Nodes) -> None:
-        nodes.decode.engine.info = replace(INFO, max_num_batched_tokens=8)
-        nodes.prefill.engine.publishes.clear()
+    async def test_all_chunks_are_asked_for_as_prefill_starts_and_waited_for_as_they_come(self, nodes: Nodes) -> None:
+        nodes.prefill.engine.gate.clear()
         running = asyncio.create_task(nodes.run())
-        async with asyncio.timeout(WAIT_S):
-            while not nodes.store.asked:  # noqa: ASYNC110  # a server in this process fills it
-                await asyncio.sleep(0.005)
-        nodes.prefill.engine.publishes.set()
+        await until(lambda: bool(nodes.store.followed))
+        assert nodes.prefill.state.generated_tokens_total == 0
+        (followed,) = nodes.store.followed
+        assert (followed.namespace, followed.from_address, list(followed.block_hashes)) == (NAMESPACE, FAR_STORE, hashes(12))
+        assert followed.wait_ms == 30_000
+        nodes.prefill.engine.gate.set()
         assert (await running)[0] == EXPECTED
-        assert [len(asked.block_hashes) for asked in nodes.store.asked] == [3, 3]
+        assert [len(asked.block_hashes) for asked in nodes.store.asked] == [3]
         assert nodes.decode.metric("copies_total", outcome="copied") == 1
+
+    async def test_what_will_not_be_published_is_no_longer_waited_for(self, nodes: Nodes) -> None:
+        nodes.prefill.engine.info = replace(INFO, block_size_tokens=6)  # publishes two of the three
+        nodes.store.gate.clear()
+        running = asyncio.create_task(nodes.run())
+        await until(lambda: bool(nodes.store.given_up and nodes.store.asked))
+        nodes.store.gate.set()
+        assert (await running)[0] == EXPECTED
+        assert (len(nodes.store.given_up[0].block_hashes), len(nodes.store.asked[0].block_hashes)) == (3, 2)
+
+    async def test_of_a_worker_that_is_lost_nothing_is_waited_for(self, nodes: Nodes) -> None:
+        nodes.prefill.engine.error = UnavailableError("gone", reason=Reason.WORKER_LOST)
+        nodes.store.gate.clear()
+        async with asyncio.timeout(WAIT_S / 2):
+            token_ids, receipt = await nodes.run()
+        assert (token_ids, receipt.one_worker_reason, nodes.store.asked) == (EXPECTED, "prefill_lost", [])
+        await until(lambda: nodes.store.given_up == nodes.store.followed)
 
     async def test_an_end_at_the_first_token_asks_for_nothing(self, nodes: Nodes) -> None:
         nodes.prefill.engine.eos_after = 0
         await nodes.run()
         assert nodes.store.asked == []
+        await until(lambda: nodes.decode.state.running_requests == 0)
 
     @pytest.mark.parametrize("where", ["one node", "no store there", "no store here"])
     async def test_without_two_nodes_with_stores_nobody_is_asked(self, nodes: Nodes, where: str) -> None:
@@ -190,7 +226,7 @@ class TestAsking:
             case "no store here":
                 near.lease = replace(near.lease, store_address="")
         assert (await nodes.run())[0] == EXPECTED
-        assert nodes.store.asked == []
+        assert nodes.store.asked == nodes.store.followed == []
 
 
 class TestFailures:
@@ -218,7 +254,7 @@ class TestFailures:
             assert (await nodes.run())[0] == EXPECTED
         for _ in range(3):
             assert (await nodes.run())[0] == EXPECTED
-        assert len(nodes.store.asked) == 1
+        assert (len(nodes.store.followed), len(nodes.store.asked)) == (1, 1)
         assert nodes.decode.metric("copies_total", outcome="timeout") == 1
         assert nodes.decode.metric("copies_total", outcome="paused") == 3
 
@@ -226,9 +262,7 @@ class TestFailures:
         nodes.store.gate.clear()
         with pytest.raises(DeadlineError):
             await nodes.run(timeout_s=0.5)
-        async with asyncio.timeout(WAIT_S):
-            while nodes.decode.state.running_requests:  # noqa: ASYNC110  # a server in this process ends them
-                await asyncio.sleep(0.005)
+        await until(lambda: nodes.decode.state.running_requests == 0 and len(nodes.store.given_up) == 2)
 
     async def test_what_a_lost_prefill_worker_had_published_is_asked_for(self, nodes: Nodes) -> None:
         nodes.prefill.engine.publish_error = UnavailableError("gone", reason=Reason.WORKER_LOST)

@@ -9,11 +9,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from kv_transfer.arena_store import ArenaStore
+from kv_transfer.arena_upkeep import Census
+from kv_transfer.published import PUBLISHED_SOCKET
 from tests.layers import ROOT
 
 pytestmark = pytest.mark.integration
@@ -73,10 +76,22 @@ def test_the_end_of_its_lifeline_stops_it(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 0
 
 
-def test_it_leaves_no_open_file_with_bytes_behind(tmp_path: Path) -> None:
+def test_it_opens_nothing_of_its_folder_but_the_arena_and_its_locks(tmp_path: Path) -> None:
     with _store(tmp_path / "store") as (process, _, _):
-        links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd")]
-        assert [link for link in links if link.startswith(str(tmp_path))] == []
+        links = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd")}
+        names = {Path(link).name for link in links if link.startswith(str(tmp_path))}
+    assert names == {"arena", "lock"}  # no writer's number: it has put nothing
+
+
+def test_it_ends_with_its_slots_given_back_and_no_socket_left(tmp_path: Path) -> None:
+    with _store(tmp_path / "store") as (process, _, _):
+        assert (tmp_path / "store" / PUBLISHED_SOCKET).is_socket()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert not (tmp_path / "store" / PUBLISHED_SOCKET).exists()
+    with closing(ArenaStore(tmp_path / "store", capacity_bytes=1)) as store:
+        assert store.upkeep.census() == Census(granted_slots=0, leased_blocks=0, leaked_slots=0)
+        assert store.stats().capacity_bytes == 64 << 20
 
 
 def test_its_metrics_are_served(tmp_path: Path) -> None:
@@ -84,7 +99,18 @@ def test_its_metrics_are_served(tmp_path: Path) -> None:
         lines = response.read().decode().splitlines()
     for line in ("tandem_store_blocks 0.0", "tandem_store_used_bytes 0.0", "tandem_store_capacity_bytes 6.7108864e+07"):
         assert line in lines
-    for name in ("fetched_blocks", "fetched_bytes", "served_blocks", "served_bytes", "corrupt_blocks", "evicted_blocks"):
+    for name in ("granted_slots", "leased_blocks", "leaked_slots"):
+        assert f"tandem_store_{name} 0.0" in lines
+    for name in (
+        "bad_requests",
+        "bad_answers",
+        "fetched_blocks",
+        "fetched_bytes",
+        "served_blocks",
+        "served_bytes",
+        "corrupt_blocks",
+        "evicted_blocks",
+    ):
         assert f"tandem_store_{name}_total 0.0" in lines
 
 

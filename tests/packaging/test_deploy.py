@@ -14,8 +14,9 @@ import yaml
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from autoscaler.config import ScalerConfig
-from kv_transfer.copier import StoreTotals
+from kv_transfer.arena_upkeep import Census
 from kv_transfer.store import StoreStats
+from kv_transfer.store_totals import StoreTotals
 from router.config import RouterConfig
 from tandem.cluster_config import load_cluster_config, read_section
 from tandem.domain import WorkerLoad
@@ -51,7 +52,9 @@ def exposed() -> set[str]:
     RemoteKvMetrics(registry)
     ProcessCollector(registry=registry)
     registry.register(WorkerCollector(WorkerLoad, KvTotals))
-    registry.register(StoreCollector(lambda: asdict(StoreStats(used_bytes=0, capacity_bytes=0, blocks=0)), lambda: asdict(StoreTotals())))
+    sizes = asdict(StoreStats(used_bytes=0, capacity_bytes=0, blocks=0)) | asdict(Census(granted_slots=0, leased_blocks=0, leaked_slots=0))
+    tier = dict.fromkeys(("used_bytes", "capacity_bytes", "blocks", "up", "promoted_blocks", "demoted_blocks", "corrupt_blocks"), 0)
+    registry.register(StoreCollector(lambda: sizes, lambda: asdict(StoreTotals()), lambda: {"disk": tier}))
     return {f"{family.name}{suffix}" for family in registry.collect() for suffix in SUFFIXES[family.type]}
 
 

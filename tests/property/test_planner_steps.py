@@ -93,8 +93,7 @@ class PlannerMachine(RuleBasedStateMachine):
         assert external_tokens == 0 or (request.directive.load and not request.has_failed)
         assert not is_async or external_tokens > 0
         first, last = local_tokens // BLOCK_TOKENS, (local_tokens + external_tokens) // BLOCK_TOKENS
-        wanted = [BlockKey(NAMESPACE, block_hash) for block_hash in request.hashes[first:last]]
-        assert all(self.store.contains(wanted))
+        assert all(self.store.contains(NAMESPACE, request.hashes[first:last]))
         if not is_admitted:
             return
         self.planner.allocate(request.request_id, request.block_ids, external_tokens)
@@ -157,6 +156,7 @@ class PlannerMachine(RuleBasedStateMachine):
                 assert job.hashes == request.hashes[first:full]
                 assert job.block_ids == request.block_ids[first:full]
                 assert job.tag == request.directive.tag
+                assert job.first_position == first
             assert job is not None or first == full
             request.saved_blocks = max(first, full)
             if job is not None and job.prompt_hashes is not None:

@@ -6,18 +6,30 @@ import pytest
 
 from kv_transfer.blocks import BlockKey
 from kv_transfer.planner import KvDirective, LoadJob, SaveJob, ScheduledRequest, StepJobs, TransferPlanner
-from tandem.domain import BlockHash
+from tandem.domain import BlockHash, Namespace
 from tests.dict_store import NAMESPACE, DictStore, chain
 
 HASHES = chain(6)
 TABLE = [10, 11, 12, 13, 14, 15]
 
 
-def holding(hashes: Sequence[BlockHash]) -> DictStore:
-    return DictStore(BlockKey(NAMESPACE, block_hash) for block_hash in hashes)
+class Lookups(DictStore):
+    """A store that knows what it was told of uses."""
+
+    def __init__(self, hashes: Sequence[BlockHash]) -> None:
+        super().__init__(BlockKey(NAMESPACE, block_hash) for block_hash in hashes)
+        self.used: list[list[BlockHash]] = []
+
+    def note_use(self, namespace: Namespace, hashes: Sequence[BlockHash]) -> None:
+        assert namespace == NAMESPACE
+        self.used.append(list(hashes))
 
 
-def planner_of(store: DictStore, *, sync_blocks: int = 100, load: bool = True, publish: bool = True) -> TransferPlanner:
+def holding(hashes: Sequence[BlockHash]) -> Lookups:
+    return Lookups(hashes)
+
+
+def planner_of(store: Lookups, *, sync_blocks: int = 100, load: bool = True, publish: bool = True) -> TransferPlanner:
     """A planner with one request, "r"."""
     planner = TransferPlanner(store, NAMESPACE, block_size_tokens=4, block_bytes=10, sync_load_bytes=10 * sync_blocks)
     planner.track("r", KvDirective(tag="r.d1", load=load, publish=publish))
@@ -35,16 +47,32 @@ def step(
 
 
 def save(first: int, last: int, *, prompt_hashes: list[BlockHash] | None = None) -> SaveJob:
-    return SaveJob(request_id="r", tag="r.d1", block_ids=TABLE[first:last], hashes=HASHES[first:last], prompt_hashes=prompt_hashes)
+    return SaveJob(
+        request_id="r",
+        tag="r.d1",
+        block_ids=TABLE[first:last],
+        hashes=HASHES[first:last],
+        first_position=first,
+        tenant=0,
+        prompt_hashes=prompt_hashes,
+    )
+
+
+DIRECTIVES = [
+    KvDirective(tag="a"),
+    KvDirective(tag="b", load=False),
+    KvDirective(tag="c", publish=False),
+    KvDirective(tag="d", counts_use=False),
+]
 
 
 class TestDirective:
-    @pytest.mark.parametrize("directive", [KvDirective(tag="a"), KvDirective(tag="b", load=False), KvDirective(tag="c", publish=False)])
+    @pytest.mark.parametrize("directive", DIRECTIVES)
     def test_comes_back_from_its_parameters(self, directive: KvDirective) -> None:
         assert KvDirective.from_params(directive.to_params()) == directive
 
     def test_without_parameters_a_request_neither_loads_nor_publishes(self) -> None:
-        assert KvDirective.from_params(None) == KvDirective(tag="", load=False, publish=False)
+        assert KvDirective.from_params(None) == KvDirective(tag="", load=False, publish=False, counts_use=False)
 
 
 class TestMatch:
@@ -95,6 +123,27 @@ class TestMatch:
         planner.allocate("r", TABLE, 4)
         planner.track("s", KvDirective(tag="s.d1"))
         assert planner.match("s", HASHES, 25, 24) == (0, False)
+
+
+class TestUses:
+    def test_a_requests_prefix_is_told_once_as_used_wherever_it_is_taken_from(self) -> None:
+        store = holding(HASHES[:4])
+        planner = planner_of(store)
+        for _ in range(2):
+            planner.match("r", HASHES, 25, 8)
+        assert store.used == [HASHES[:4]]
+
+    def test_the_second_half_of_a_hand_off_is_no_use(self) -> None:
+        store = holding(HASHES)
+        planner = planner_of(store)
+        planner.track("s", KvDirective(tag="s.d1", counts_use=False))
+        assert planner.match("s", HASHES, 25, 0) == (24, False)
+        assert store.used == []
+
+    def test_what_is_matched_is_leased_until_it_is_loaded(self) -> None:
+        store = holding(HASHES[:2])
+        planner_of(store).match("r", HASHES, 25, 0)
+        assert list(store.leased_until_s) == [BlockKey(NAMESPACE, block_hash) for block_hash in HASHES[:2]]
 
 
 class TestLoads:

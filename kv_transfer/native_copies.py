@@ -1,0 +1,225 @@
+"""The store's inner loops in C (`native.c`), called through ctypes: one pass that copies and checks, without Python's lock.
+
+Rows that are no multiple of 64 bytes go the numpy way.
+"""
+
+import ctypes
+import importlib.util
+import platform
+
+import numpy as np
+import numpy.typing as npt
+
+from kv_transfer.arena import Arena, Bytes
+from kv_transfer.copies import BlockIds, BlockRows, Copies, Outcomes, Read, Slots, Sums
+from kv_transfer.numpy_copies import NumpyCopies
+from tandem.errors import ConfigError
+
+_ABI = 3
+_STRIPE_BYTES = 64
+_LEAST_BYTES = 241  # shorter ones are checksummed by another recipe
+
+
+def open_copies(arena: Arena, *, checksum: bool, native: bool = True) -> Copies:
+    """The best there is here. Raises ConfigError where nothing keeps stores in order: neither C nor an x86 processor."""
+    library = load_library() if native else None
+    if library is not None:
+        return NativeCopies(arena, library, checksum=checksum)
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise ConfigError(
+            "KV transfer needs its native part on this processor: install a C compiler and set up again, or use --no-kv-transfer"
+        )
+    return NumpyCopies(arena, checksum=checksum)
+
+
+def load_library() -> ctypes.CDLL | None:
+    """The compiled part; None where it was not compiled, or is of another version."""
+    found = importlib.util.find_spec("kv_transfer.native")
+    if found is None or found.origin is None or not found.origin.endswith(".so"):
+        return None
+    library = ctypes.CDLL(found.origin)
+    if library.tandem_kv_abi() != _ABI:
+        return None
+    for name, arguments in _SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    library.tandem_kv_gather.restype = ctypes.c_uint64
+    return library
+
+
+class _NativeArena(ctypes.Structure):
+    """Mirrors `arena_t` in native.c."""
+
+    _fields_ = (
+        ("base", ctypes.c_void_p),
+        ("data_offset", ctypes.c_uint64),
+        ("slab_bytes", ctypes.c_uint64),
+        ("num_slots", ctypes.c_uint32),
+        ("slots_per_slab", ctypes.c_uint32),
+        ("num_buckets", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("state", ctypes.c_void_p),
+        ("generation", ctypes.c_void_p),
+        ("last_use_ms", ctypes.c_void_p),
+        ("inserted_ms", ctypes.c_void_p),
+        ("leased_until_ms", ctypes.c_void_p),
+        ("uses", ctypes.c_void_p),
+        ("owner", ctypes.c_void_p),
+        ("slab_slot_bytes", ctypes.c_void_p),
+        ("records", ctypes.c_void_p),
+        ("cells", ctypes.c_void_p),
+    )
+
+
+class _Layout(ctypes.Structure):
+    """Mirrors `layout_t` in native.c."""
+
+    _fields_ = (
+        ("pointers", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_void_p),
+        ("num_layers", ctypes.c_uint64),
+    )
+
+
+_AT, _LONG, _INT = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
+_SIGNATURES: dict[str, tuple[type, ...]] = {
+    "tandem_kv_gather": (_AT, _AT, _LONG, _AT, _AT, _LONG, _INT, _AT, _INT),
+    "tandem_kv_scatter": (_AT, _AT, _AT, _AT, _LONG, _INT, _INT, ctypes.c_uint32, _AT, _AT, _AT, _INT),
+    "tandem_kv_lookup": (_AT, _AT, _LONG, _AT),
+    "tandem_kv_commit": (_AT, _AT, _AT, _AT, _LONG, _LONG, _LONG, _LONG, ctypes.c_uint16, ctypes.c_uint32, _AT),
+    "tandem_kv_index": (_AT, _AT, _LONG, _AT),
+    "tandem_kv_remove": (_AT, _AT, _LONG),
+    "tandem_kv_fence": (),
+}
+
+
+class NativeCopies:
+    """By native.c. Rows that are no multiple of 64 bytes go the numpy way."""
+
+    is_native = True
+
+    def __init__(self, arena: Arena, library: ctypes.CDLL, *, checksum: bool, isa: int = 0) -> None:
+        self._library = library
+        self._arena = arena  # keeps the mapping
+        self._checksum = checksum
+        self._isa = isa
+        self._odd = NumpyCopies(arena, checksum=checksum)
+        columns = [name for name, kind in _NativeArena._fields_ if kind is ctypes.c_void_p and name != "base"]
+        self._native = _NativeArena(
+            base=arena.address,
+            data_offset=arena.data_offset,
+            slab_bytes=arena.geometry.slab_bytes,
+            num_slots=arena.geometry.num_slots,
+            slots_per_slab=arena.geometry.slots_per_slab,
+            num_buckets=arena.geometry.num_buckets,
+            **{name: address(getattr(arena, name)) for name in columns},
+        )
+        self._pointer = ctypes.byref(self._native)
+        self._kept: tuple[BlockRows, _Layout] | None = None
+
+    def _layout(self, rows: BlockRows) -> _Layout:
+        """Addresses of the rows; kept for an engine's, which are asked for at every step."""
+        kept = self._kept
+        if kept is not None and kept[0] is rows:
+            return kept[1]
+        kind = ctypes.c_uint64 * len(rows.views)
+        tables = (
+            kind(*(address(view) for view in rows.views)),
+            kind(*(view.strides[0] for view in rows.views)),
+            kind(*(view.shape[1] for view in rows.views)),
+        )
+        layout = _Layout(*(ctypes.addressof(table) for table in tables), len(rows.views))
+        layout.tables = tables  # which it points into
+        if len(rows.views) > 1:
+            self._kept = (rows, layout)
+        return layout
+
+    def gather(self, slots: Slots, slot_bytes: int, rows: BlockRows, block_ids: BlockIds) -> Sums:
+        """Copies block i into slot i of this process; the checksums (0 where they are off). Shorter where a slot is not of that size."""
+        if not _is_even(rows):
+            return self._odd.gather(slots, slot_bytes, rows, block_ids)
+        count, sums = len(slots), np.empty(len(slots), np.uint64)
+        copied = self._library.tandem_kv_gather(
+            self._pointer,
+            address(slots),
+            slot_bytes,
+            ctypes.byref(self._layout(rows)),
+            address(block_ids),
+            count,
+            self._checksum,
+            address(sums),
+            self._isa,
+        )
+        return sums[:copied]
+
+    def scatter(self, keys: Bytes, rows: BlockRows, block_ids: BlockIds, now_ms: int, *, only_leading: bool) -> Read:
+        """Copies the block of key i to block id i, checks generation and checksum after it. What is no HIT may be written in part."""
+        if not _is_even(rows):
+            return self._odd.scatter(keys, rows, block_ids, now_ms, only_leading=only_leading)
+        count = len(keys)
+        read = Read(outcomes=np.empty(count, np.uint8), slots=np.full(count, -1, np.int32), generations=np.zeros(count, np.uint32))
+        self._library.tandem_kv_scatter(
+            self._pointer,
+            address(keys),
+            ctypes.byref(self._layout(rows)),
+            address(block_ids),
+            count,
+            self._checksum,
+            only_leading,
+            now_ms,
+            address(read.outcomes),
+            address(read.slots),
+            address(read.generations),
+            self._isa,
+        )
+        return read
+
+    def lookup(self, keys: Bytes) -> Slots:
+        """Committed slot of each key (n, 48), or -1."""
+        slots = np.empty(len(keys), np.int32)
+        self._library.tandem_kv_lookup(self._pointer, address(keys), len(keys), address(slots))
+        return slots
+
+    def commit(
+        self, slots: Slots, keys: Bytes, sums: Sums, payload_bytes: int, first_position: int, tenant: int, writer: int, now_ms: int
+    ) -> Outcomes:
+        """Writes the records of filled slots and makes them visible."""
+        outcomes = np.empty(len(slots), np.uint8)
+        self._library.tandem_kv_commit(
+            self._pointer,
+            address(slots),
+            address(keys),
+            address(sums),
+            len(slots),
+            payload_bytes,
+            first_position,
+            tenant,
+            writer,
+            now_ms,
+            address(outcomes),
+        )
+        return outcomes
+
+    def index(self, slots: Slots) -> Outcomes:
+        """Enters slots with records into the index."""
+        outcomes = np.empty(len(slots), np.uint8)
+        self._library.tandem_kv_index(self._pointer, address(slots), len(slots), address(outcomes))
+        return outcomes
+
+    def remove(self, slots: Slots) -> None:
+        """Takes slots out of the index by the keys in their records."""
+        self._library.tandem_kv_remove(self._pointer, address(slots), len(slots))
+
+    def fence(self) -> None:
+        """What was stored before is seen before what is stored after."""
+        self._library.tandem_kv_fence()
+
+
+def address(array: "npt.NDArray[np.generic]") -> int:
+    """Of a contiguous array's bytes; quicker than `array.ctypes.data`."""
+    found: int = array.__array_interface__["data"][0]
+    return found
+
+
+def _is_even(rows: BlockRows) -> bool:
+    return rows.payload_bytes >= _LEAST_BYTES and all(view.shape[1] % _STRIPE_BYTES == 0 for view in rows.views)
