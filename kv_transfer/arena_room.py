@@ -127,12 +127,12 @@ class ArenaRoom:
             return self._take_slab(slab)
         batch = max(count, int(len(self._slots_of(slot_bytes)) * _EVICT_FRACTION))
         victims = self._victims(slot_bytes, used, min(batch, len(used)))
-        self.before_evict(victims)
         self._retention(slot_bytes).note_evicted(self._fingerprints(victims), self._arena.uses[victims].tolist())
         return self.evict(victims)
 
     def evict(self, slots: Slots) -> int:
         """Frees those of the slots that hold a block and are not leased; how many."""
+        self.before_evict(slots)
         freed = 0
         for start in range(0, len(slots), _LOCKED_SLOTS):
             with self._lock.held(_LOCK_S) as is_held:
@@ -195,6 +195,7 @@ class ArenaRoom:
         """Empties a slab of another size; nothing where it is written to or leased."""
         geometry = self._arena.geometry
         slots = np.arange(slab * geometry.slots_per_slab, (slab + 1) * geometry.slots_per_slab, dtype=np.int32)
+        self.before_evict(self._committed(slots))
         with self._lock.held(_LOCK_S) as is_held:
             if not is_held:
                 return 0

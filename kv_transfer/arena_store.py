@@ -220,7 +220,9 @@ class ArenaStore:
         """Tells this node's store service that blocks became visible; never waits."""
         self._announcer.announce()
 
-    def open_slots(self, namespace: Namespace, hashes: Sequence[BlockHash], payload_bytes: int) -> tuple[Staged, list[memoryview]]:
+    def open_slots(
+        self, namespace: Namespace, hashes: Sequence[BlockHash], payload_bytes: int, *, first_position: int = 0
+    ) -> tuple[Staged, list[memoryview]]:
         """Granted slots for the leading blocks, as far as there are some, to be filled by the caller; may evict.
 
         The caller sets `sums` and ends it by `commit_some`.
@@ -239,7 +241,7 @@ class ArenaStore:
             sums=np.zeros(len(views), np.uint64),
             payload_bytes=payload_bytes,
             slot_bytes=slot_bytes,
-            first_position=0,
+            first_position=first_position,
         )
         return staged, views
 

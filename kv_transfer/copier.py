@@ -16,7 +16,8 @@ from tandem.errors import TandemError
 from tandem.rpc import call
 from tandem.v1 import store_pb2
 
-_MAX_FETCHES = 16  # most of them wait for what is still being computed; more would not be quicker on one link
+_MAX_FETCHES = 16  # of what is there: more would not be quicker on one link
+_MAX_FOLLOWED = 64  # prompts that are still being computed: they wait for the most part
 _STAT_S = 2.0
 
 _Key = tuple[Namespace, BlockHash]
@@ -32,11 +33,18 @@ class BlockCopier:
         self._connections = PeerConnections()
         self._addresses: dict[str, tuple[str, int]] = {}  # where a store service answers peers, by its own address
         self._coming: dict[_Key, asyncio.Event] = {}
-        self._slots = asyncio.Semaphore(_MAX_FETCHES)
-        self._threads = ThreadPoolExecutor(_MAX_FETCHES, thread_name_prefix="kv-fetch")
+        self._fetching, self._following = asyncio.Semaphore(_MAX_FETCHES), asyncio.Semaphore(_MAX_FOLLOWED)
+        self._threads = ThreadPoolExecutor(_MAX_FETCHES + _MAX_FOLLOWED, thread_name_prefix="kv-fetch")
 
     async def copy(
-        self, namespace: Namespace, hashes: Sequence[BlockHash], from_address: str, timeout_s: float, wait_s: float = 0.0
+        self,
+        namespace: Namespace,
+        hashes: Sequence[BlockHash],
+        from_address: str,
+        timeout_s: float,
+        wait_s: float = 0.0,
+        *,
+        first_position: int = 0,
     ) -> int:
         """Fetches the blocks that are not here from the service at `from_address`, in order; returns how many came by this call.
 
@@ -51,13 +59,16 @@ class BlockCopier:
                 coming = [block_hash for block_hash in wanted if (namespace, block_hash) in self._coming]
                 if len(coming) < len(wanted):
                     claimed = [block_hash for block_hash in wanted if (namespace, block_hash) not in self._coming]
-                    copied += await self._claim(namespace, claimed, from_address, timeout_s, wait_s)
+                    first = first_position + wanted.index(claimed[0])
+                    copied += await self._claim(namespace, claimed, from_address, timeout_s, wait_s, first)
                 else:
                     await self._coming[namespace, coming[0]].wait()
                 wanted = coming
         return copied
 
-    async def _claim(self, namespace: Namespace, hashes: list[BlockHash], from_address: str, timeout_s: float, wait_s: float) -> int:
+    async def _claim(
+        self, namespace: Namespace, hashes: list[BlockHash], from_address: str, timeout_s: float, wait_s: float, first_position: int
+    ) -> int:
         """Fetches those that are not here; whoever waits for any of them is let go on every way out."""
         ended = asyncio.Event()
         self._coming.update(dict.fromkeys(((namespace, block_hash) for block_hash in hashes), ended))
@@ -66,22 +77,26 @@ class BlockCopier:
             absent = [block_hash for block_hash, is_held in zip(hashes, held, strict=True) if not is_held]
             if not absent:
                 return 0
-            async with self._slots:
-                return await self._fetch(namespace, absent, from_address, timeout_s, wait_s)
+            async with self._following if wait_s else self._fetching:
+                return await self._fetch(namespace, absent, from_address, timeout_s, wait_s, first_position + held.index(False))
         finally:
             for block_hash in hashes:
                 del self._coming[namespace, block_hash]
             ended.set()
 
-    async def _fetch(self, namespace: Namespace, hashes: list[BlockHash], from_address: str, timeout_s: float, wait_s: float) -> int:
+    async def _fetch(
+        self, namespace: Namespace, hashes: list[BlockHash], from_address: str, timeout_s: float, wait_s: float, first_position: int
+    ) -> int:
         fetch = PeerFetch(self._store, self._connections, self._totals, await self._peer_address(from_address))
         running = asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: fetch.run(namespace, hashes, timeout_s=timeout_s, wait_s=wait_s)
+            self._threads, lambda: fetch.run(namespace, hashes, timeout_s=timeout_s, wait_s=wait_s, first_position=first_position)
         )
         try:
             return await asyncio.shield(running)
         except TandemError:
-            self._addresses.pop(from_address, None)  # it may have begun again elsewhere
+            gone = self._addresses.pop(from_address, None)  # it may have begun again elsewhere
+            if gone is not None:
+                self._connections.forget(gone)
             raise
         except asyncio.CancelledError:
             fetch.abort()

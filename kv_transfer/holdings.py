@@ -79,6 +79,12 @@ class Holdings:
             self._keys.update(keys)
             self._announced[new] = generations[new]
 
+    async def withdraw(self) -> None:
+        """Takes all of it back: the service ends. Raises UnavailableError."""
+        keys, self._keys = self._keys, {}
+        self._announced[:] = 0
+        await self._tell(self._directory.withdraw, keys.values())
+
     async def _announce(self, namespace: Namespace, hashes: list[BlockHash], address: str) -> None:
         await self._directory.announce(namespace, hashes, address, _TTL_S)
 

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _EXIT_CONFIG = 2
 _KV_REDIS_S = 0.5  # for one batch of blocks
+_WITHDRAW_S = 1.0  # at the end, for the directory; it forgets by itself
 _FLUSH_S = 5.0  # at the end, for what is worth keeping
 
 
@@ -193,13 +194,16 @@ async def _shared(options: StoreOptions, store: ArenaStore, prefetcher: Prefetch
 
     directory = RedisDirectory(options.redis_url, options.cluster)
     prefetcher.set_directory(directory, address)
-    telling = asyncio.create_task(Holdings(store.arena, directory, address).run(), name="holdings")
+    holdings = Holdings(store.arena, directory, address)
+    telling = asyncio.create_task(holdings.run(), name="holdings")
     try:
         yield
     finally:
         telling.cancel()
         await asyncio.gather(telling, return_exceptions=True)
-        with suppress(TandemError):
+        with suppress(TandemError, TimeoutError):
+            async with asyncio.timeout(_WITHDRAW_S):
+                await holdings.withdraw()
             await directory.close()
 
 

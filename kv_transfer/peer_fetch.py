@@ -54,6 +54,12 @@ class PeerConnections:
                 return
         connection.close()
 
+    def forget(self, address: tuple[str, int]) -> None:
+        """Closes the idle ones of that address: who answered there is gone, or not to be trusted."""
+        with self._lock:
+            for connection in self._idle.pop(address, ()):
+                connection.close()
+
     def close(self) -> None:
         """Closes those that are idle."""
         with self._lock:
@@ -73,6 +79,7 @@ class PeerFetch:
         self._address = address
         self._connection: socket.socket | None = None
         self._is_aborted = False
+        self._first_position = 0
         self._scratch = memoryview(b"")
         self.stored_blocks = 0
 
@@ -84,12 +91,16 @@ class PeerFetch:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def run(self, namespace: Namespace, hashes: Sequence[BlockHash], *, timeout_s: float, wait_s: float = 0.0) -> int:
+    def run(
+        self, namespace: Namespace, hashes: Sequence[BlockHash], *, timeout_s: float, wait_s: float = 0.0, first_position: int = 0
+    ) -> int:
         """Fetches what the other store holds of these blocks, or gets within `wait_s`; how many were stored here.
 
+        `first_position` is the first one's place in its prompt.
         Raises UnavailableError where it is gone or silent, ProtocolError where it says what no store says; what came stays.
         """
         ends_s = time.monotonic() + timeout_s
+        self._first_position = first_position
         for is_last in (False, True):
             try:
                 connection, was_used = self._connections.take(self._address, is_fresh=is_last)
@@ -150,7 +161,9 @@ class PeerFetch:
         self, connection: socket.socket, namespace: Namespace, hashes: Sequence[BlockHash], entries: list[Entry], payload_bytes: int
     ) -> list[BlockHash]:
         """Payloads of one size into slots, as far as there are some; makes those visible that pass their check."""
-        staged, views = self._store.open_slots(namespace, [hashes[entry.place] for entry in entries], payload_bytes)
+        position = self._first_position + entries[0].place
+        wanted = [hashes[entry.place] for entry in entries]
+        staged, views = self._store.open_slots(namespace, wanted, payload_bytes, first_position=position)
         good: list[int] = []
         try:
             for index, (entry, view) in enumerate(zip(entries, views, strict=False)):

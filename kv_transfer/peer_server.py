@@ -33,7 +33,7 @@ from tandem.errors import ConfigError, Reason, TandemError
 
 logger = logging.getLogger(__name__)
 
-_MAX_CONNECTIONS = 64
+_MAX_CONNECTIONS = 512  # a thread each, and most of them wait
 _IDLE_S = 300.0
 _STALL_S = 10.0  # a reader that takes nothing for so long is dropped
 _MAX_WAIT_S = 60.0

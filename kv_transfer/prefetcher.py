@@ -46,32 +46,38 @@ class Prefetcher:
         """How many leading ones are in the arena in the end; they are leased for a moment. Never raises for what does not come."""
         held = leading_count(self._store.contains(namespace, hashes, lease_s=_LEASE_S))
         if held < len(hashes):
-            held += await asyncio.to_thread(self._tiers.promote, namespace, hashes[held:])
+            held += await asyncio.to_thread(self._tiers.promote, namespace, hashes[held:], held)
         if held < len(hashes) and self._directory is not None:
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._from_nodes(self._directory, namespace, hashes[held:], timeout_s)
+                    await self._from_nodes(self._directory, namespace, hashes[held:], timeout_s, held)
             except (TandemError, TimeoutError) as error:
                 logger.warning("prefetch_ended_early error=%r", error)
             held = leading_count(self._store.contains(namespace, hashes, lease_s=_LEASE_S))
         return held
 
-    async def _from_nodes(self, directory: Holders, namespace: Namespace, hashes: Sequence[BlockHash], timeout_s: float) -> None:
+    async def _from_nodes(
+        self, directory: Holders, namespace: Namespace, hashes: Sequence[BlockHash], timeout_s: float, first_position: int
+    ) -> None:
         try:
             holders = [found - {self._address} for found in await directory.holders(namespace, hashes)]
         except UnavailableError:
             return  # it says so itself where it is kept
-        done = 0
+        done, lost = 0, set[str]()
         for _ in range(_MAX_SOURCES):
-            run = max((_run(holders[done:], address), address) for address in holders[done]) if holders[done:] and holders[done] else None
-            if run is None:
+            rest = [found - lost for found in holders[done:]]
+            if not rest or not rest[0]:
                 return
-            wanted = hashes[done : done + run[0]]
-            await self._copier.copy(namespace, wanted, run[1], timeout_s)
+            run, source = max((_run(rest, address), address) for address in rest[0])
+            wanted = hashes[done : done + run]
+            try:
+                await self._copier.copy(namespace, wanted, source, timeout_s, first_position=first_position + done)
+            except TandemError as error:  # a hint that has had its day
+                logger.warning("prefetch_source_lost source=%s error=%r", source, error)
             came = leading_count(self._store.contains(namespace, wanted))
             done += came
             if came < len(wanted):
-                return
+                lost.add(source)
 
 
 def _run(holders: Sequence[frozenset[str]], address: str) -> int:

@@ -12,7 +12,7 @@ import grpc.aio
 from kv_transfer.manifest import hash_in_slices
 from kv_transfer.peer_client import prefetch_blocks
 from tandem.domain import EngineInfo, Namespace
-from tandem.errors import TandemError
+from tandem.errors import DeadlineError, TandemError
 
 logger = logging.getLogger(__name__)
 
@@ -44,5 +44,7 @@ class PrefixSource:
             return await prefetch_blocks(self._channels(self._address), self._namespace, hashes[:blocks], timeout_s=timeout_s)
         except TandemError as error:
             logger.warning("prefetch_failed error=%r", error)
-            self._paused_until_s = time.monotonic() + _PAUSE_S
+            # A request that had hardly any time left says nothing of the service.
+            if not isinstance(error, DeadlineError) or timeout_s == self._wait_s:
+                self._paused_until_s = time.monotonic() + _PAUSE_S
             return 0

@@ -11,6 +11,7 @@ import xxhash
 
 from kv_transfer.arena import Arena, SlotState
 from kv_transfer.arena_room import ArenaRoom
+from kv_transfer.arena_upkeep import now_ms
 from kv_transfer.copies import Slots
 from tandem.domain import Namespace
 
@@ -64,7 +65,7 @@ class Quotas:
         if excess_bytes <= 0:
             return 0
         # The latest first; what fits below the low mark stays.
-        order = np.argsort(-self._arena.last_use_ms[slots].astype(np.int64), kind="stable")
+        order = np.argsort(np.uint32(now_ms()) - self._arena.last_use_ms[slots], kind="stable")
         is_kept = np.cumsum(slot_bytes[order]) <= _LOW_FRACTION * quota_bytes
         return self._room.evict(slots[order[~is_kept]])
 

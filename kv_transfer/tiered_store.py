@@ -13,6 +13,7 @@ import numpy as np
 
 from kv_transfer.arena import SlotState
 from kv_transfer.arena_store import ArenaStore
+from kv_transfer.arena_upkeep import now_ms
 from kv_transfer.copies import Slots
 from kv_transfer.store import BlockOutcome, BlockStore, PutOutcome, StoreStats, leading_count
 from tandem.domain import BlockHash, Namespace
@@ -57,17 +58,17 @@ class TieredStore:
         if lower:
             arena.room.before_evict = self.demote
 
-    def promote(self, namespace: Namespace, hashes: Sequence[BlockHash]) -> int:
+    def promote(self, namespace: Namespace, hashes: Sequence[BlockHash], first_position: int = 0) -> int:
         """Brings leading blocks up, up to the first that no tier holds; how many are in the arena then."""
         done = leading_count(self._arena.contains(namespace, hashes, lease_s=_LEASE_S))
         while self._lower and done < len(hashes):
-            moved = self._promote_batch(namespace, hashes[done : done + _BATCH_BLOCKS])
+            moved = self._promote_batch(namespace, hashes[done : done + _BATCH_BLOCKS], first_position + done)
             done += leading_count(self._arena.contains(namespace, hashes[done:], lease_s=_LEASE_S))
             if not moved:
                 break
         return done
 
-    def _promote_batch(self, namespace: Namespace, hashes: Sequence[BlockHash]) -> int:
+    def _promote_batch(self, namespace: Namespace, hashes: Sequence[BlockHash], first_position: int) -> int:
         """Of the tier that holds the first one: its leading run."""
         for name, store in self._lower.items():
             run = leading_count(store.contains(namespace, hashes))
@@ -79,7 +80,7 @@ class TieredStore:
             outcomes = store.get_into(namespace, hashes[:run], rows)
             good = leading_count([outcome is BlockOutcome.HIT for outcome in outcomes])
             self.corrupt_blocks[name] += outcomes.count(BlockOutcome.CORRUPT)
-            stored = self._arena.put(namespace, hashes[:good], rows[:good]) if good else []
+            stored = self._arena.put(namespace, hashes[:good], rows[:good], first_position=first_position) if good else []
             self.promoted_blocks[name] += stored.count(PutOutcome.STORED)
             if good and PutOutcome.NO_ROOM not in stored:
                 return good
@@ -129,7 +130,8 @@ class TieredStore:
             return 0
         arena = self._arena.arena
         committed = np.flatnonzero(arena.state == SlotState.COMMITTED).astype(np.int32)
-        latest = committed[np.argsort(-arena.last_use_ms[committed].astype(np.int64), kind="stable")]
+        ages_ms = np.uint32(now_ms()) - arena.last_use_ms[committed]  # across the clock's wrap
+        latest = committed[np.argsort(ages_ms, kind="stable")]
         return self.demote(latest, min_uses=0, ends_s=time.monotonic() + timeout_s)
 
     def stats(self) -> dict[str, LowerStats]:

@@ -100,7 +100,13 @@ class DirectCaller:
 
 def _planned(replica: ReplicaProcess | Lease) -> PlannedWorker:
     who = replica.config if isinstance(replica, ReplicaProcess) else replica
-    return PlannedWorker(replica_id=ReplicaId(who.replica_id), incarnation=who.incarnation, address=replica.address)
+    return PlannedWorker(
+        replica_id=ReplicaId(who.replica_id),
+        incarnation=who.incarnation,
+        address=replica.address,
+        node=who.node,
+        store_address=who.store_address,
+    )
 
 
 class Prompts:

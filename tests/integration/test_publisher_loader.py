@@ -253,7 +253,7 @@ class TestPublisher:
 
         broken = Broken(tmp_path / "broken", capacity_bytes=1 << 20)
         side = make_side(other_store=broken)
-        with side.publisher(granted_blocks=1) as publisher:
+        with side.publisher(granted_blocks=2) as publisher:
             for tag in ("r.p1", "s.p1"):
                 side.link.run_params(tag, load=True, publish=True)
                 publisher.submit([0], hashes(1), tag=tag, prompt_hashes=hashes(1))
