@@ -256,15 +256,16 @@ class ArenaRoom:
     def _idle_slab(self, slot_bytes: int, used: Slots) -> int | None:
         """A slab of another size whose last use is before the median use here: it is worth more as slots of this size."""
         arena = self._arena
-        ages_ms = (np.uint32(now_ms()) - arena.last_use_ms).reshape(self._state_of_slab.shape)
-        is_committed = self._state_of_slab == SlotState.COMMITTED
-        youngest_ms = np.where(is_committed, ages_ms, np.uint32(0xFFFFFFFF)).min(axis=1)
-        leased_until_ms = arena.leased_until_ms.reshape(self._state_of_slab.shape)
-        is_held = is_committed & is_leased(leased_until_ms)
         is_other = (arena.slab_slot_bytes != 0) & (arena.slab_slot_bytes != slot_bytes) & (arena.slab_state == SlabState.BACKED)
+        if not is_other.any():
+            return None
+        is_committed = self._state_of_slab == SlotState.COMMITTED
+        is_held = is_committed & is_leased(arena.leased_until_ms.reshape(self._state_of_slab.shape))
         is_other &= ~is_held.any(axis=1) & ~(self._state_of_slab == SlotState.GRANTED).any(axis=1)
         if not is_other.any():
             return None
+        ages_ms = (np.uint32(now_ms()) - arena.last_use_ms).reshape(self._state_of_slab.shape)
+        youngest_ms = np.where(is_committed, ages_ms, np.uint32(0xFFFFFFFF)).min(axis=1)
         slab = int(np.flatnonzero(is_other)[youngest_ms[is_other].argmax()])
         own_ms = np.median(np.uint32(now_ms()) - arena.last_use_ms[used]) if len(used) else 0.0
         return slab if youngest_ms[slab] > own_ms or not len(used) else None

@@ -211,7 +211,7 @@ class ArenaStore:
                 self._lock.release()
         else:
             outcomes = np.full(len(staged.slots), NO_CELL, np.uint8)
-        if not outcomes.any():
+        if outcomes.tobytes() == bytes(len(outcomes)):  # COMMITTED is 0
             return [PutOutcome.STORED] * len(outcomes)
         self._give_back(staged.slot_bytes, staged.slots[(outcomes == EXISTS) | (outcomes == NO_CELL)])
         return [_PUT_OUTCOMES.get(outcome, PutOutcome.NO_ROOM) for outcome in outcomes.tolist()]
@@ -229,12 +229,7 @@ class ArenaStore:
         """
         slot_bytes = self.slot_bytes(payload_bytes)
         slots = self._obtain(slot_bytes, len(hashes))
-        views: list[memoryview] = []
-        for slot in slots.tolist():
-            start = self.arena.slot_start(slot, slot_bytes, payload_bytes)
-            if start is None:  # the table was damaged
-                break
-            views.append(self.arena.bytes[start : start + payload_bytes].data)
+        views = self.arena.slot_views(slots, slot_bytes, payload_bytes)
         staged = Staged(
             slots=slots[: len(views)],
             keys=_keys(namespace, hashes[: len(views)]),
@@ -254,22 +249,19 @@ class ArenaStore:
 
     def held(self, namespace: Namespace, hashes: Sequence[BlockHash], *, lease_s: float) -> list[Held | None]:
         """Views of blocks as they lie in the arena, leased for so long; None for what is not held, or has no checksum to go with it."""
-        arena = self.arena
+        arena, geometry = self.arena, self.arena.geometry
         slots = self._copies.lookup(_keys(namespace, hashes))
         found = slots[slots >= 0]
         arena.leased_until_ms[found] = _lease_end_ms(lease_s)
-        views: list[Held | None] = []
-        for slot in slots.tolist():
-            record = arena.records[slot].copy() if slot >= 0 else None
-            start = None
-            if record is not None and record["checksum"]:
-                slot_bytes = int(arena.slab_slot_bytes[slot // arena.geometry.slots_per_slab])
-                start = arena.slot_start(slot, slot_bytes, int(record["payload_bytes"]))
-            views.append(
-                None
-                if record is None or start is None
-                else Held(arena.bytes[start : start + int(record["payload_bytes"])].data, int(record["checksum"]))
-            )
+        records = arena.records[found]
+        sizes = arena.slab_slot_bytes[found // geometry.slots_per_slab].tolist()
+        views: list[Held | None] = [None] * len(slots)
+        places = np.flatnonzero(slots >= 0).tolist()
+        fields = (places, found.tolist(), sizes, records["payload_bytes"].tolist(), records["checksum"].tolist())
+        for place, slot, slot_bytes, payload_bytes, checksum in zip(*fields, strict=True):
+            start = arena.slot_start(slot, slot_bytes, payload_bytes) if checksum else None
+            if start is not None:
+                views[place] = Held(arena.bytes[start : start + payload_bytes].data, checksum)
         return views
 
     def abort(self, staged: Staged) -> None:

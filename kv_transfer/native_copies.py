@@ -124,11 +124,11 @@ class NativeCopies:
             return kept[1]
         kind = ctypes.c_uint64 * len(rows.views)
         tables = (
-            kind(*(address(view) for view in rows.views)),
-            kind(*(view.strides[0] for view in rows.views)),
-            kind(*(view.shape[1] for view in rows.views)),
+            kind(*[address(view) for view in rows.views]),
+            kind(*[view.strides[0] for view in rows.views]),
+            kind(*[view.shape[1] for view in rows.views]),
         )
-        layout = _Layout(*(ctypes.addressof(table) for table in tables), len(rows.views))
+        layout = _Layout(ctypes.addressof(tables[0]), ctypes.addressof(tables[1]), ctypes.addressof(tables[2]), len(rows.views))
         layout.tables = tables  # which it points into
         if len(rows.views) > 1:
             self._kept = (rows, layout)
@@ -222,4 +222,7 @@ def address(array: "npt.NDArray[np.generic]") -> int:
 
 
 def _is_even(rows: BlockRows) -> bool:
+    if len(rows.views) == 1:
+        row_bytes: int = rows.views[0].shape[1]
+        return row_bytes >= _LEAST_BYTES and row_bytes % _STRIPE_BYTES == 0
     return rows.payload_bytes >= _LEAST_BYTES and all(view.shape[1] % _STRIPE_BYTES == 0 for view in rows.views)

@@ -13,7 +13,7 @@ from itertools import groupby
 import xxhash
 
 from kv_transfer.arena_store import ArenaStore
-from kv_transfer.peer_server import receive, receive_into
+from kv_transfer.peer_server import receive, receive_into, receiving
 from kv_transfer.peer_wire import FRAME_BYTES, Entry, FrameKind, RequestKind, pack_request, read_frame, rest_bytes
 from kv_transfer.store import PutOutcome
 from kv_transfer.store_totals import StoreTotals
@@ -166,11 +166,13 @@ class PeerFetch:
         staged, views = self._store.open_slots(namespace, wanted, payload_bytes, first_position=position)
         good: list[int] = []
         try:
-            for index, (entry, view) in enumerate(zip(entries, views, strict=False)):
-                receive_into(connection, view)
-                staged.sums[index] = xxhash.xxh3_64_intdigest(view)
-                if int(staged.sums[index]) == entry.checksum:
-                    good.append(index)
+            checked = 0
+            for full in receiving(connection, views):
+                for index in range(checked, full):
+                    staged.sums[index] = found = xxhash.xxh3_64_intdigest(views[index])
+                    if found == entries[index].checksum:
+                        good.append(index)
+                checked = full
             self._drain(connection, (len(entries) - len(views)) * payload_bytes)
         finally:
             outcomes = self._store.commit_some(staged, good)

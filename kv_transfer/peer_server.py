@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,10 @@ _IDLE_S = 300.0
 _STALL_S = 10.0  # a reader that takes nothing for so long is dropped
 _MAX_WAIT_S = 60.0
 _SAY_WAITING_S = 0.5  # shorter than a receiver's patience
-_FRAME_PAYLOAD_BYTES = 8 << 20
+_FRAME_PAYLOAD_BYTES = 2 << 20  # half of what the sockets hold: the receiver checks one while the next is on its way
 _LEASE_S = 10.0
 _BUFFER_BYTES = 4 << 20
+_BUFFERS_PER_CALL = 64  # of at most 1,024 that the kernel takes
 
 
 def _nothing() -> None:
@@ -174,10 +175,10 @@ class PeerServer:
 
     def _send(self, connection: socket.socket, namespace: Namespace, hashes: Sequence[BlockHash], ends_s: float) -> None:
         """Sends what is held, in order; waits until `ends_s` for the first that is not."""
-        place = 0
+        place, frame_blocks = 0, MAX_BLOCKS_PER_FRAME
         said_s = time.monotonic()
         while place < len(hashes):
-            batch = self._held(namespace, hashes[place : place + MAX_BLOCKS_PER_FRAME])
+            batch = self._held(namespace, hashes[place : place + frame_blocks])
             if batch[0] is None and time.monotonic() < ends_s:
                 with self._published:
                     if self._is_closed:
@@ -192,10 +193,9 @@ class PeerServer:
             blocks = [(place + index, block) for index, block in enumerate(batch[:taken]) if block is not None]
             if blocks:
                 entries = [Entry(at, len(block.payload), block.checksum) for at, block in blocks]
-                connection.sendall(pack_frame(FrameKind.BLOCKS, entries))
-                for _, block in blocks:
-                    connection.sendall(block.payload)
+                send_all(connection, [memoryview(pack_frame(FrameKind.BLOCKS, entries)), *(block.payload for _, block in blocks)])
                 said_s = time.monotonic()
+                frame_blocks = min(MAX_BLOCKS_PER_FRAME, 1 + _FRAME_PAYLOAD_BYTES // len(blocks[-1][1].payload))
             self._totals.served_blocks += len(blocks)
             self._totals.served_bytes += sum(len(block.payload) for _, block in blocks)
             self._totals.missing_blocks += taken - len(blocks)
@@ -207,7 +207,7 @@ class PeerServer:
         return [block if block is not None and block.payload else None for block in held]
 
     def _frame(self, batch: Sequence[Held | None], *, is_waiting: bool) -> int:
-        """How many of the batch the next frame answers: up to 8 MiB, and while something may still come not past the first gap."""
+        """How many of the batch the next frame answers: up to 2 MiB, and while something may still come not past the first gap."""
         payload_bytes = 0
         for index, block in enumerate(batch):
             payload_bytes += 0 if block is None else len(block.payload)
@@ -223,10 +223,37 @@ def receive(connection: socket.socket, size_bytes: int) -> bytes:
     return bytes(buffer)
 
 
-def receive_into(connection: socket.socket, buffer: memoryview) -> None:
-    """Fills the buffer. Raises OSError where the other side is gone or silent."""
-    while buffer:
-        received = connection.recv_into(buffer)
-        if not received:
+def receive_into(connection: socket.socket, *buffers: memoryview) -> None:
+    """Fills the buffers, one after another. Raises OSError where the other side is gone or silent."""
+    for _ in receiving(connection, buffers):
+        pass
+
+
+def receiving(connection: socket.socket, buffers: Sequence[memoryview]) -> Iterator[int]:
+    """Fills the buffers, one after another; yields how many are full by now. Raises OSError where the other side is gone or silent."""
+    return _moving(lambda some: connection.recvmsg_into(some)[0], buffers)
+
+
+def send_all(connection: socket.socket, buffers: Sequence[memoryview]) -> None:
+    """Sends all of them. Raises OSError where the other side is gone, or takes nothing for the connection's time-out."""
+    for _ in _moving(connection.sendmsg, buffers):
+        pass
+
+
+def _moving(move: Callable[[Sequence[memoryview]], int], buffers: Sequence[memoryview]) -> Iterator[int]:
+    """Calls `move` with what is left until nothing is: few calls, as each takes many buffers. Yields how many are done."""
+    rest, done = list(buffers), 0
+    while True:
+        while done < len(rest) and not rest[done]:
+            done += 1
+        yield done
+        if done == len(rest):
+            return
+        moved = move(rest[done : done + _BUFFERS_PER_CALL])
+        if not moved:
             raise ConnectionResetError("the other store has closed the connection")
-        buffer = buffer[received:]
+        while moved:
+            part = min(moved, len(rest[done]))
+            rest[done] = rest[done][part:]
+            moved -= part
+            done += not rest[done]

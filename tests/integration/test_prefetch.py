@@ -149,6 +149,17 @@ class TestDirectory:
         await cluster.far.wait()
         assert await cluster.near.prefetch(KEYS) == 3
 
+    async def test_a_holder_that_is_gone_hides_no_other(self, cluster: Cluster) -> None:
+        await cluster.fill(cluster.far, KEYS[:20])
+        await cluster.directory.announce(NAMESPACE, hashes_of(KEYS), "127.0.0.1:1", 60.0)
+        assert await cluster.near.prefetch(KEYS) == 20
+
+    async def test_a_service_that_ends_withdraws_what_it_held(self, cluster: Cluster) -> None:
+        await cluster.fill(cluster.far, KEYS)
+        cluster.far.signal(signal.SIGTERM)
+        await cluster.far.wait()
+        await cluster.announced(KEYS)
+
     async def test_a_holder_that_hangs_costs_no_more_than_the_calls_time(self, cluster: Cluster) -> None:
         await cluster.fill(cluster.far, KEYS)
         cluster.near.fill(KEYS[:3])

@@ -100,6 +100,13 @@ async def test_after_a_failure_nobody_asks_for_a_while(store: FakeStore, source:
     assert len(store.asked) == 1
 
 
+async def test_a_request_that_had_hardly_any_time_left_stops_nobody_else(store: FakeStore, source: PrefixSource) -> None:
+    store.gate.clear()
+    assert await source.bring(TOKENS, "", 0.05) == 0
+    store.gate.set()
+    assert await source.bring(TOKENS, "", None) == 3
+
+
 async def test_after_the_pause_it_is_asked_again(store: FakeStore, source: PrefixSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_source, "_PAUSE_S", 0.0)
     store.error = UnavailableError("gone", reason=Reason.WORKER_LOST)

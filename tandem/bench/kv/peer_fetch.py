@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import grpc.aio
 import numpy as np
 
 from kv_transfer.arena_store import ArenaStore
@@ -46,13 +47,16 @@ def measure_peer_fetch(folder: Path, block_bytes: int, total_bytes: int, *, repe
         addresses = [stack.enter_context(_service(folder / name, 4 * total_bytes)) for name in ("far", "near")]
         far, near = (stack.enter_context(closing(ArenaStore(folder / name, capacity_bytes=4 * total_bytes))) for name in ("far", "near"))
         stream = stack.enter_context(_raw_stream(total_bytes, block_bytes))
+        runner = stack.enter_context(asyncio.Runner())
+        channel = runner.run(_open(addresses[1]))
+        stack.callback(lambda: runner.run(channel.close(None)))
         rows, found = (np.full((blocks, block_bytes), 1, np.uint8) for _ in range(2))
         for repetition in range(repetitions + 1):
             rows[:] = rng.integers(0, 256, rows.shape, np.uint8)
             hashes = [BlockHash(rng.bytes(32)) for _ in range(blocks)]
             far.put(_NAMESPACE, hashes, rows)
             begin_s = time.perf_counter()
-            asyncio.run(_copy(addresses[1], hashes, addresses[0]))
+            runner.run(copy_blocks(channel, _NAMESPACE, hashes, addresses[0], timeout_s=_TIMEOUT_S))
             took_s = time.perf_counter() - begin_s
             raw_s = _receive(stream, found)
             near.get_into(_NAMESPACE, hashes, found)
@@ -70,9 +74,9 @@ def measure_peer_fetch(folder: Path, block_bytes: int, total_bytes: int, *, repe
     }
 
 
-async def _copy(address: str, hashes: list[BlockHash], source: str) -> None:
-    async with open_channel(address) as channel:
-        await copy_blocks(channel, _NAMESPACE, hashes, source, timeout_s=_TIMEOUT_S)
+async def _open(address: str) -> grpc.aio.Channel:
+    """In the loop that will use it."""
+    return open_channel(address)
 
 
 @contextmanager
