@@ -10,10 +10,10 @@ from tests.lower_tier_benches import CLUSTER, KvRedisServer
 
 
 @pytest.fixture
-def server() -> Iterator[KvRedisServer]:
-    server = KvRedisServer(MEMORY_BYTES)
-    yield server
-    server.close()
+def kv_server() -> Iterator[KvRedisServer]:
+    made = KvRedisServer(MEMORY_BYTES)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -30,5 +30,5 @@ def open_store() -> Iterator[Open]:
 
 
 @pytest.fixture
-def store(server: KvRedisServer, open_store: Open) -> KvRedisStore:
-    return open_store(server.url)
+def store(kv_server: KvRedisServer, open_store: Open) -> KvRedisStore:
+    return open_store(kv_server.url)

@@ -26,29 +26,31 @@ pytest_plugins = ("tests.integration.kv_redis_fixtures",)
 
 class TestOutages:
     def test_a_server_that_was_killed_is_misses_and_one_log_line(
-        self, server: KvRedisServer, store: KvRedisStore, caplog: pytest.LogCaptureFixture
+        self, kv_server: KvRedisServer, store: KvRedisStore, caplog: pytest.LogCaptureFixture
     ) -> None:
         put(store, A)
-        server.kill()
+        kv_server.kill()
         with caplog.at_level(logging.INFO):
             assert seems_empty(store)
             assert seems_empty(store)
         assert store.error
         assert len(troubles(caplog)) == 1
-        server.start_again()
+        kv_server.start_again()
         assert get(store, A)[0] is BlockOutcome.MISSING
         assert is_well_again(store)
 
-    def test_a_server_that_starts_late_is_found(self, server: KvRedisServer, store: KvRedisStore) -> None:
-        server.kill()
+    def test_a_server_that_starts_late_is_found(self, kv_server: KvRedisServer, store: KvRedisStore) -> None:
+        kv_server.kill()
         assert seems_empty(store)
-        server.start_again()
+        kv_server.start_again()
         assert is_well_again(store)
 
-    def test_a_server_that_hangs_costs_one_timeout_and_is_not_asked_during_the_pause(self, server: KvRedisServer, open_store: Open) -> None:
-        store = KvRedisStore(server.url, cluster=CLUSTER, timeout_s=TIMEOUT_S, pause_s=60.0)
+    def test_a_server_that_hangs_costs_one_timeout_and_is_not_asked_during_the_pause(
+        self, kv_server: KvRedisServer, open_store: Open
+    ) -> None:
+        store = KvRedisStore(kv_server.url, cluster=CLUSTER, timeout_s=TIMEOUT_S, pause_s=60.0)
         put(store, A)
-        os.kill(server.process.pid, signal.SIGSTOP)
+        os.kill(kv_server.process.pid, signal.SIGSTOP)
         try:
             started_s = monotonic()
             assert get(store, A)[0] is BlockOutcome.MISSING
@@ -57,22 +59,22 @@ class TestOutages:
             assert TIMEOUT_S * 0.9 <= hung_s < 10.0
             assert monotonic() - started_s < 30.0  # 140 calls, 210 s if each was sent
         finally:
-            os.kill(server.process.pid, signal.SIGCONT)
+            os.kill(kv_server.process.pid, signal.SIGCONT)
             store.close()
-        other = open_store(server.url)
+        other = open_store(kv_server.url)
         assert get(other, A) == (BlockOutcome.HIT, PAYLOAD)
 
-    def test_a_server_that_goes_on_is_used_again_with_what_it_had(self, server: KvRedisServer, store: KvRedisStore) -> None:
+    def test_a_server_that_goes_on_is_used_again_with_what_it_had(self, kv_server: KvRedisServer, store: KvRedisStore) -> None:
         put(store, A)
         put(store, B, OTHER)
-        os.kill(server.process.pid, signal.SIGSTOP)
+        os.kill(kv_server.process.pid, signal.SIGSTOP)
         assert get(store, A)[0] is BlockOutcome.MISSING
-        os.kill(server.process.pid, signal.SIGCONT)
+        os.kill(kv_server.process.pid, signal.SIGCONT)
         assert is_well_again(store)
         assert get(store, B) == (BlockOutcome.HIT, OTHER)
 
     def test_a_server_that_dies_between_two_calls_of_many_threads_ends_none_of_them(
-        self, server: KvRedisServer, store: KvRedisStore
+        self, kv_server: KvRedisServer, store: KvRedisStore
     ) -> None:
         def work(seed: int) -> int:
             rng, hits = Random(seed), 0
@@ -88,9 +90,9 @@ class TestOutages:
         with ThreadPoolExecutor(12) as pool:  # more than there are connections
             results = pool.map(work, range(12))
             sleep(0.2)
-            server.kill()
+            kv_server.kill()
             sleep(0.1)
-            server.start_again()
+            kv_server.start_again()
             assert sum(results) > 0
         assert is_well_again(store)
 
@@ -112,17 +114,17 @@ def test_a_server_on_tcp_is_as_good(open_store: Open) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
-    server = KvRedisServer(MEMORY_BYTES, "--port", str(port))
+    kv_server = KvRedisServer(MEMORY_BYTES, "--port", str(port))
     store = open_store(f"redis://127.0.0.1:{port}/0")
     assert put(store, A) is PutOutcome.STORED
     assert (get(store, A), store.error) == ((BlockOutcome.HIT, PAYLOAD), "")
-    server.kill()
+    kv_server.kill()
     assert seems_empty(store)
-    server.close()
+    kv_server.close()
 
 
 class TestMemory:
-    def test_a_full_server_evicts_and_takes_new_blocks(self, server: KvRedisServer, store: KvRedisStore) -> None:
+    def test_a_full_server_evicts_and_takes_new_blocks(self, kv_server: KvRedisServer, store: KvRedisStore) -> None:
         payload_bytes, count = 64 << 10, 600  # more than twice what there is room for
         for number in range(0, count, 20):
             rows = as_rows(*(payload_of(one, payload_bytes) for one in range(number, number + 20)))
@@ -139,16 +141,16 @@ class TestMemory:
         assert len(hits) * payload_bytes <= stats.used_bytes <= MEMORY_BYTES
 
     def test_a_server_without_memory_takes_none_and_still_gives(
-        self, server: KvRedisServer, store: KvRedisStore, caplog: pytest.LogCaptureFixture
+        self, kv_server: KvRedisServer, store: KvRedisStore, caplog: pytest.LogCaptureFixture
     ) -> None:
         put(store, A)
-        server.inside.config_set("maxmemory-policy", "noeviction")  # what it does when there is nothing to evict
-        server.inside.config_set("maxmemory", 1)
+        kv_server.inside.config_set("maxmemory-policy", "noeviction")  # what it does when there is nothing to evict
+        kv_server.inside.config_set("maxmemory", 1)
         assert {put(store, key(number)) for number in range(2, 50)} == {PutOutcome.NO_ROOM}
         assert get(store, A) == (BlockOutcome.HIT, PAYLOAD)
         assert "memory" in store.error
         assert len(troubles(caplog)) == 1
-        server.inside.config_set("maxmemory", MEMORY_BYTES)
+        kv_server.inside.config_set("maxmemory", MEMORY_BYTES)
         sleep(PAUSE_S)
         deadline_s = monotonic() + 30.0
         while put(store, B) is not PutOutcome.STORED and monotonic() < deadline_s:
@@ -159,12 +161,12 @@ class TestMemory:
         ("name", "value"), [("maxmemory-policy", "noeviction"), ("maxmemory-policy", "volatile-lru"), ("maxmemory", "0")]
     )
     def test_a_server_that_would_not_evict_is_never_written(
-        self, server: KvRedisServer, store: KvRedisStore, name: str, value: str
+        self, kv_server: KvRedisServer, store: KvRedisStore, name: str, value: str
     ) -> None:
-        server.inside.config_set(name, value)
+        kv_server.inside.config_set(name, value)
         assert {put(store, key(number)) for number in range(5)} == {PutOutcome.NO_ROOM}
         assert "maxmemory" in store.error
-        assert server.inside.dbsize() == 0
+        assert kv_server.inside.dbsize() == 0
 
     def test_a_block_that_would_push_out_most_others_is_not_sent(self, store: KvRedisStore) -> None:
         put(store, A)
@@ -172,15 +174,15 @@ class TestMemory:
         assert (get(store, A)[0], store.error) == (BlockOutcome.HIT, "")
 
     def test_a_batch_of_more_than_one_exchange_is_stored_and_got(self, open_store: Open) -> None:
-        server = KvRedisServer(128 << 20)
-        store = open_store(server.url)
+        kv_server = KvRedisServer(128 << 20)
+        store = open_store(kv_server.url)
         payloads = [payload_of(number, 1 << 20) for number in range(20)]
         hashes = [block_hash(number) for number in range(20)]
         assert store.put(NAMESPACE, hashes, as_rows(*payloads)) == [PutOutcome.STORED] * 20
         rows = np.zeros((20, 1 << 20), np.uint8)
         assert store.get_into(NAMESPACE, hashes, rows) == [BlockOutcome.HIT] * 20
         assert [row.tobytes() for row in rows] == payloads
-        server.close()
+        kv_server.close()
 
     def test_more_keys_than_one_exchange_holds_are_looked_up(self, store: KvRedisStore) -> None:
         put(store, A)
@@ -190,23 +192,23 @@ class TestMemory:
 
 
 class TestWhatLiesThere:
-    def test_a_block_under_anothers_key_is_corrupt_and_deleted(self, server: KvRedisServer, store: KvRedisStore) -> None:
-        server.inside.set(redis_key(A), pack_header(B, PAYLOAD) + PAYLOAD)
+    def test_a_block_under_anothers_key_is_corrupt_and_deleted(self, kv_server: KvRedisServer, store: KvRedisStore) -> None:
+        kv_server.inside.set(redis_key(A), pack_header(B, PAYLOAD) + PAYLOAD)
         assert get(store, A)[0] is BlockOutcome.CORRUPT
-        assert server.inside.dbsize() == 0
+        assert kv_server.inside.dbsize() == 0
 
     @pytest.mark.parametrize("value", [b"", b"x", bytes(HEADER_BYTES), bytes(HEADER_BYTES + len(PAYLOAD))])
-    def test_what_is_no_block_is_corrupt_and_deleted(self, server: KvRedisServer, store: KvRedisStore, value: bytes) -> None:
-        server.inside.set(redis_key(A), value)
+    def test_what_is_no_block_is_corrupt_and_deleted(self, kv_server: KvRedisServer, store: KvRedisStore, value: bytes) -> None:
+        kv_server.inside.set(redis_key(A), value)
         assert get(store, A)[0] is BlockOutcome.CORRUPT
         assert put(store, A) is PutOutcome.STORED
 
-    def test_a_value_of_another_type_is_no_block(self, server: KvRedisServer, store: KvRedisStore) -> None:
-        server.inside.rpush(redis_key(A), b"x")
+    def test_a_value_of_another_type_is_no_block(self, kv_server: KvRedisServer, store: KvRedisStore) -> None:
+        kv_server.inside.rpush(redis_key(A), b"x")
         assert get(store, A)[0] is BlockOutcome.MISSING
 
-    def test_clusters_do_not_see_each_others_blocks(self, server: KvRedisServer, store: KvRedisStore) -> None:
-        other = KvRedisStore(server.url, cluster="other", timeout_s=TIMEOUT_S)
+    def test_clusters_do_not_see_each_others_blocks(self, kv_server: KvRedisServer, store: KvRedisStore) -> None:
+        other = KvRedisStore(kv_server.url, cluster="other", timeout_s=TIMEOUT_S)
         put(store, A)
         assert get(other, A)[0] is BlockOutcome.MISSING
         put(other, A, OTHER)
@@ -227,8 +229,8 @@ class TestSettings:
         with pytest.raises(ConfigError, match=r"not taken here \(retry_on_timeout, socket_timeout\)"):
             KvRedisStore("redis://h?db=0&socket_timeout=60&retry_on_timeout=yes", cluster=CLUSTER, timeout_s=1.0)
 
-    def test_the_server_listens_on_its_socket_alone_and_keeps_nothing(self, server: KvRedisServer) -> None:
-        config = {name: server.inside.config_get(name)[name] for name in ("port", "save", "appendonly", "maxmemory", "maxmemory-policy")}
+    def test_the_server_listens_on_its_socket_alone_and_keeps_nothing(self, kv_server: KvRedisServer) -> None:
+        config = {name: kv_server.inside.config_get(name)[name] for name in ("port", "save", "appendonly", "maxmemory", "maxmemory-policy")}
         assert config == {
             "port": "0",
             "save": "",
@@ -236,7 +238,7 @@ class TestSettings:
             "maxmemory": str(MEMORY_BYTES),
             "maxmemory-policy": "allkeys-lru",
         }
-        path = Path(server.url.removeprefix("unix://"))
+        path = Path(kv_server.url.removeprefix("unix://"))
         assert path.stat().st_mode & 0o777 == 0o700
 
     def test_a_socket_path_that_the_kernel_refuses_is_a_config_error(self, tmp_path: Path) -> None:
