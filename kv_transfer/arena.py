@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,7 @@ RECORD = np.dtype(
 _SUMMED_WORDS = KEY_BYTES // 8 + 4
 
 Bytes = npt.NDArray[np.uint8]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class SlotState(IntEnum):
@@ -129,26 +131,27 @@ class Arena:
         self._seen_states = b""
         slots, slabs = self.geometry.num_slots, self.geometry.num_slabs
 
-        def column(name: str, count: int) -> "npt.NDArray[np.generic]":
-            kind = _COLUMNS[name][0]
-            return self.bytes[offsets[name] : offsets[name] + count * kind.itemsize].view(kind)
+        def column(name: str, kind: "type[Scalar] | np.dtype[Scalar]", count: int) -> "npt.NDArray[Scalar]":
+            size_bytes = count * _COLUMNS[name][0].itemsize
+            found: npt.NDArray[Scalar] = self.bytes[offsets[name] : offsets[name] + size_bytes].view(kind)
+            return found
 
         # One of each per slot. Times are milliseconds of CLOCK_MONOTONIC, modulo 2**32.
-        self.state: npt.NDArray[np.uint8] = column("state", slots)  # type: ignore[assignment]
-        self.owner: npt.NDArray[np.uint16] = column("owner", slots)  # type: ignore[assignment]
-        self.generation: npt.NDArray[np.uint32] = column("generation", slots)  # type: ignore[assignment]
-        self.last_use_ms: npt.NDArray[np.uint32] = column("last_use_ms", slots)  # type: ignore[assignment]
-        self.inserted_ms: npt.NDArray[np.uint32] = column("inserted_ms", slots)  # type: ignore[assignment]
-        self.leased_until_ms: npt.NDArray[np.uint32] = column("leased_until_ms", slots)  # type: ignore[assignment]
-        self.uses: npt.NDArray[np.uint16] = column("uses", slots)  # type: ignore[assignment]
-        self.records: npt.NDArray[np.void] = column("records", slots)  # type: ignore[assignment]
+        self.state = column("state", np.uint8, slots)
+        self.owner = column("owner", np.uint16, slots)
+        self.generation = column("generation", np.uint32, slots)
+        self.last_use_ms = column("last_use_ms", np.uint32, slots)
+        self.inserted_ms = column("inserted_ms", np.uint32, slots)
+        self.leased_until_ms = column("leased_until_ms", np.uint32, slots)
+        self.uses = column("uses", np.uint16, slots)
+        self.records = column("records", RECORD, slots)
         # One per slab.
-        self.slab_state: npt.NDArray[np.uint8] = column("slab_state", slabs)  # type: ignore[assignment]
-        self.slab_owner: npt.NDArray[np.uint16] = column("slab_owner", slabs)  # type: ignore[assignment]
-        self.slab_slot_bytes: npt.NDArray[np.uint32] = column("slab_slot_bytes", slabs)  # type: ignore[assignment]
+        self.slab_state = column("slab_state", np.uint8, slabs)
+        self.slab_owner = column("slab_owner", np.uint16, slabs)
+        self.slab_slot_bytes = column("slab_slot_bytes", np.uint32, slabs)
         # The index: per cell 32 bits of the key, always odd, and the slot; 0 is empty.
-        cells: npt.NDArray[np.uint64] = column("cells", self.geometry.num_buckets * CELLS_PER_BUCKET)  # type: ignore[assignment]
-        self.cells = cells.reshape(self.geometry.num_buckets, CELLS_PER_BUCKET)
+        num_buckets = self.geometry.num_buckets
+        self.cells = column("cells", np.uint64, num_buckets * CELLS_PER_BUCKET).reshape(num_buckets, CELLS_PER_BUCKET)
 
     @staticmethod
     def create(path: Path, capacity_bytes: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kv_transfer.arena import FILE_NAME, Arena, ArenaError, Bytes, Geometry, SlotState
+from kv_transfer.arena import FILE_NAME, Arena, ArenaError, Bytes, SlotState
 from kv_transfer.arena_lock import ArenaLock
 from kv_transfer.arena_room import ArenaRoom
 from kv_transfer.arena_upkeep import MAX_LEASE_S, ArenaUpkeep, now_ms
@@ -345,12 +345,6 @@ class ArenaStore:
         self._writers.close()
         self._lock.close()
         self.arena.close()
-
-
-def capacity_of(capacity_bytes: int) -> int:
-    """What an arena made for that capacity holds, in bytes."""
-    geometry = Geometry.of_capacity(capacity_bytes)
-    return geometry.num_slabs * geometry.slab_bytes
 
 
 def _lease_end_ms(lease_s: float) -> int:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -88,9 +88,9 @@ class Holdings:
     async def _announce(self, namespace: Namespace, hashes: list[BlockHash], address: str) -> None:
         await self._directory.announce(namespace, hashes, address, _TTL_S)
 
-    async def _tell(self, say: Callable[..., object], keys: Iterable[bytes]) -> None:
+    async def _tell(self, say: Callable[[Namespace, list[BlockHash], str], Awaitable[None]], keys: Iterable[bytes]) -> None:
         by_namespace: defaultdict[Namespace, list[BlockHash]] = defaultdict(list)
         for key in keys:
             by_namespace[Namespace(key[:_NAMESPACE_BYTES].hex())].append(BlockHash(key[_NAMESPACE_BYTES:]))
         for namespace, hashes in by_namespace.items():
-            await say(namespace, hashes, self._address)  # type: ignore[misc]
+            await say(namespace, hashes, self._address)

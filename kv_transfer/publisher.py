@@ -53,9 +53,6 @@ class StagingStore(BlockStore, Protocol):
     def announce(self) -> None:
         """Tells this node's store service that there are new blocks; never waits."""
 
-    def abort(self, staged: Staged) -> None:
-        """Lets them go."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:

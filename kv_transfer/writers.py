@@ -7,6 +7,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from tandem.tether import is_held
+
 _FOLDER = "writers"
 _MAX_WRITERS = 1023  # a thousand processes on one node; the column has 16 bits
 
@@ -41,19 +43,7 @@ class Writers:
 
     def is_alive(self, number: int) -> bool:
         """Whether that writer lives."""
-        if number == self._number and self._descriptor is not None:
-            return True
-        try:
-            descriptor = os.open(self._folder / str(number), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_held(self._folder / str(number))
 
     def close(self) -> None:
         """Gives the number back; its slots are to be given back before."""

@@ -25,16 +25,7 @@ def opened(folder: Path, capacity_bytes: int = SMALL_BYTES, pause_s: float = PAU
     return DiskStore(folder, capacity_bytes=capacity_bytes, pause_s=pause_s)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one MiB."""
-    folder = tmp_path / "small-disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+pytest_plugins = ("tests.small_disk",)
 
 
 def set_read_only(folder: Path, is_read_only: bool) -> None:

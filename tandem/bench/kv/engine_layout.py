@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,13 @@ def measure_layout(rows: BlockRows, folder: Path, *, repetitions: int, seed: int
             hashes = [BlockHash(rng.bytes(32)) for _ in range(BATCH_BLOCKS)]
             store.prepare(payload_bytes, BATCH_BLOCKS)
             start = int(rng.integers(0, _ENGINE_BYTES // payload_bytes - BATCH_BLOCKS + 1)) * payload_bytes
-            copy_s = _timed(lambda start=start: _memcpy(source, target, start, payload_bytes))  # type: ignore[misc]
+            copy_s = _timed(partial(_memcpy, source, target, start, payload_bytes))
             begin_s = time.perf_counter()
             staged = store.stage(_NAMESPACE, hashes, rows, saved)
             save_s = time.perf_counter() - begin_s
             samples.errors += len(hashes) - store.commit(staged).count(PutOutcome.STORED)
             commit_s = time.perf_counter() - begin_s - save_s
-            load_s = _timed(lambda hashes=hashes, loaded=loaded: _load(store, hashes, rows, loaded, samples))  # type: ignore[misc]
+            load_s = _timed(partial(_load, store, hashes, rows, loaded, samples))
             samples.errors += sum(not np.array_equal(view[saved], view[loaded]) for view in rows.views)
             store.drop(_NAMESPACE, hashes)
             commits_s.append(commit_s)

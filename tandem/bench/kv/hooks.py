@@ -59,7 +59,11 @@ def _real_engine(options: KvBenchOptions, folder: Path, repetitions: int) -> Rep
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tandem.bench.kv.vllm_layout"],
-            **{"input": json.dumps(job), "capture_output": True, "text": True, "timeout": _ENGINE_START_S, "check": True},  # type: ignore[call-overload]
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=_ENGINE_START_S,
+            check=True,
         )
         row: Report = json.loads(done.stdout.strip().splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
