@@ -71,9 +71,9 @@ class ArenaRoom:
             number = self._own_number() if is_held and count > 0 else 0
             if not number:
                 return _NO_SLOTS
-            slots = self._free_slots(slot_bytes)
+            slots = self._slots_in(slot_bytes, SlotState.FREE)
             while len(slots) < count and self._assign_slab(slot_bytes):
-                slots = self._free_slots(slot_bytes)
+                slots = self._slots_in(slot_bytes, SlotState.FREE)
             slots = slots[:count]
             # A reader of what was here before sees another generation before it sees other bytes.
             self._arena.generation[slots] += np.uint32(1)
@@ -121,11 +121,11 @@ class ArenaRoom:
 
     def evict_for(self, slot_bytes: int, count: int) -> int:
         """Frees slots of that size by the policy, or a slab of another size that has been of less use; how many slots were freed."""
-        used = self._committed(self._slots_of(slot_bytes))
+        used = self._used_slots(slot_bytes)
         slab = self._idle_slab(slot_bytes, used)
         if slab is not None:
             return self._take_slab(slab)
-        batch = max(count, int(len(self._slots_of(slot_bytes)) * _EVICT_FRACTION))
+        batch = max(count, int(self._num_slots(slot_bytes) * _EVICT_FRACTION))
         victims = self._victims(slot_bytes, used, min(batch, len(used)))
         self._retention(slot_bytes).note_evicted(self._fingerprints(victims), self._arena.uses[victims].tolist())
         return self.evict(victims)
@@ -168,9 +168,8 @@ class ArenaRoom:
         freed = 0
         sizes = np.unique(self._arena.slab_slot_bytes[self._arena.slab_slot_bytes > 0])
         for slot_bytes in sizes.tolist():
-            slots = self._slots_of(slot_bytes)
-            low = len(slots) * _LOW_FREE_FRACTION
-            free = int((self._arena.state[slots] == SlotState.FREE).sum())
+            low = self._num_slots(slot_bytes) * _LOW_FREE_FRACTION
+            free = len(self._slots_in(slot_bytes, SlotState.FREE))
             if free < low and not self._has_spare_slab() and not self.back_slab():
                 freed += self.evict_for(slot_bytes, int(low) - free)
         return freed
@@ -208,18 +207,26 @@ class ArenaRoom:
 
     # Below: reads only.
 
-    def _slots_of(self, slot_bytes: int) -> Slots:
-        """All slots of one size."""
+    def _slots_in(self, slot_bytes: int, state: SlotState) -> Slots:
+        """Slots of one size that are in that state."""
         geometry = self._arena.geometry
         slabs = np.flatnonzero((self._arena.slab_slot_bytes == slot_bytes) & (self._arena.slab_state == SlabState.BACKED))
-        in_slab = np.arange(min(geometry.slots_per_slab, geometry.slab_bytes // slot_bytes))  # less than the least size is damage
-        slots: Slots = (slabs[:, None] * geometry.slots_per_slab + in_slab[None, :]).ravel().astype(np.int32)
+        states = self._state_of_slab[slabs, : geometry.slab_bytes // slot_bytes]
+        rows, places = np.nonzero(states == state)
+        slots: Slots = (slabs[rows] * geometry.slots_per_slab + places).astype(np.int32)
         return slots
 
-    def _free_slots(self, slot_bytes: int) -> Slots:
-        slots = self._slots_of(slot_bytes)
-        free: Slots = slots[self._arena.state[slots] == SlotState.FREE]
-        return free
+    def _num_slots(self, slot_bytes: int) -> int:
+        """How many slots of one size there are."""
+        geometry = self._arena.geometry
+        slabs = (self._arena.slab_slot_bytes == slot_bytes) & (self._arena.slab_state == SlabState.BACKED)
+        return int(slabs.sum()) * min(geometry.slots_per_slab, geometry.slab_bytes // slot_bytes)
+
+    def _used_slots(self, slot_bytes: int) -> Slots:
+        """Slots of one size whose block may go: it is not leased."""
+        slots = self._slots_in(slot_bytes, SlotState.COMMITTED)
+        free_to_go: Slots = slots[~is_leased(self._arena.leased_until_ms[slots])]
+        return free_to_go
 
     def _committed(self, slots: Slots) -> Slots:
         """Those that hold a block and are not leased."""

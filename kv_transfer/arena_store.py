@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 _OPEN_S = 10.0
 _COMMIT_S = 0.05
 _QUARANTINE_S = 0.005  # it may be an engine's step that found the block
-_NAMESPACE_BYTES = 16
+_KEY_BYTES = 48  # 16 of the namespace, 32 of the hash
 _OUTCOMES = {HIT: BlockOutcome.HIT, MISSING: BlockOutcome.MISSING, CORRUPT: BlockOutcome.CORRUPT}
 _PUT_OUTCOMES = {COMMITTED: PutOutcome.STORED, EXISTS: PutOutcome.EXISTS}
-_GRANTED_AT_ONCE = 64
+_GRANTED_AT_ONCE = 128
 _NO_SLOTS: Slots = np.empty(0, np.int32)
 
 
@@ -353,7 +353,7 @@ def _lease_end_ms(lease_s: float) -> int:
 
 def _keys(namespace: Namespace, hashes: Sequence[BlockHash]) -> Bytes:
     """Keys (n, 48): namespace and hash."""
-    keys = np.empty((len(hashes), _NAMESPACE_BYTES + 32), np.uint8)
-    keys[:, :_NAMESPACE_BYTES] = np.frombuffer(bytes.fromhex(namespace), np.uint8)
-    keys[:, _NAMESPACE_BYTES:] = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), 32)
-    return keys
+    prefix = bytes.fromhex(namespace)
+    if not hashes:
+        return np.empty((0, _KEY_BYTES), np.uint8)
+    return np.frombuffer(bytearray(prefix + prefix.join(hashes)), np.uint8).reshape(len(hashes), _KEY_BYTES)

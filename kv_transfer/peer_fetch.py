@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import xxhash
@@ -166,13 +166,10 @@ class PeerFetch:
         staged, views = self._store.open_slots(namespace, wanted, payload_bytes, first_position=position)
         good: list[int] = []
         try:
-            checked = 0
-            for full in receiving(connection, views):
-                for index in range(checked, full):
-                    staged.sums[index] = found = xxhash.xxh3_64_intdigest(views[index])
-                    if found == entries[index].checksum:
-                        good.append(index)
-                checked = full
+            for index, found in _sums(receiving(connection, views), views, payload_bytes):
+                staged.sums[index] = found
+                if found == entries[index].checksum:
+                    good.append(index)
             self._drain(connection, (len(entries) - len(views)) * payload_bytes)
         finally:
             outcomes = self._store.commit_some(staged, good)
@@ -198,3 +195,17 @@ class PeerFetch:
         connection.sendall(pack_request(RequestKind.CHECK, namespace, damaged))
         head = receive(connection, FRAME_BYTES)
         read_frame(head, receive(connection, rest_bytes(head)), first_place=0, blocks=0, max_payload_bytes=0)
+
+
+def _sums(received: Iterator[int], views: Sequence[memoryview], payload_bytes: int) -> Iterator[tuple[int, int]]:
+    """The checksum of each block that is there, by `received` (bytes by now); summed while the processor still has them."""
+    digest, summed = xxhash.xxh3_64(), 0
+    for there in received:
+        while summed < there:
+            index, begin = divmod(summed, payload_bytes)
+            end = min(payload_bytes, begin + there - summed)
+            digest.update(views[index][begin:end])
+            summed += end - begin
+            if end == payload_bytes:
+                yield index, digest.intdigest()
+                digest.reset()

@@ -230,7 +230,7 @@ def receive_into(connection: socket.socket, *buffers: memoryview) -> None:
 
 
 def receiving(connection: socket.socket, buffers: Sequence[memoryview]) -> Iterator[int]:
-    """Fills the buffers, one after another; yields how many are full by now. Raises OSError where the other side is gone or silent."""
+    """Fills the buffers, one after another; yields how many bytes are there. Raises OSError where the other side is gone or silent."""
     return _moving(lambda some: connection.recvmsg_into(some)[0], buffers)
 
 
@@ -241,17 +241,18 @@ def send_all(connection: socket.socket, buffers: Sequence[memoryview]) -> None:
 
 
 def _moving(move: Callable[[Sequence[memoryview]], int], buffers: Sequence[memoryview]) -> Iterator[int]:
-    """Calls `move` with what is left until nothing is: few calls, as each takes many buffers. Yields how many are done."""
-    rest, done = list(buffers), 0
+    """Calls `move` with what is left until nothing is: few calls, as each takes many buffers. Yields how many bytes are done."""
+    rest, done, moved_bytes = list(buffers), 0, 0
     while True:
         while done < len(rest) and not rest[done]:
             done += 1
-        yield done
+        yield moved_bytes
         if done == len(rest):
             return
         moved = move(rest[done : done + _BUFFERS_PER_CALL])
         if not moved:
             raise ConnectionResetError("the other store has closed the connection")
+        moved_bytes += moved
         while moved:
             part = min(moved, len(rest[done]))
             rest[done] = rest[done][part:]

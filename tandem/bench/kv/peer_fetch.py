@@ -23,7 +23,7 @@ _NAMESPACE = Namespace("0f" * 16)
 _BUFFER_BYTES = 4 << 20
 _TIMEOUT_S = 30.0
 _READY = re.compile(r"store ready address=(\S+)")
-# Sends so many bytes for each byte it gets.
+# Sends so many bytes for each byte it gets: out of as much memory as a fetch sends from, so that both read it from there.
 _SENDER = """
 import socket, sys
 size, block = int(sys.argv[1]), int(sys.argv[2])
@@ -31,10 +31,10 @@ server = socket.create_server(("127.0.0.1", 0))
 print(server.getsockname()[1], flush=True)
 peer, _ = server.accept()
 peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-payload = memoryview(bytes(range(256)) * (block // 256))
+payload = memoryview(bytes(range(256)) * (size // 256))
 while peer.recv(1):
-    for _ in range(size // block):
-        peer.sendall(payload)
+    for start in range(0, size, block):
+        peer.sendall(payload[start : start + block])
 """
 
 
