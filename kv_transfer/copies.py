@@ -3,7 +3,7 @@
 In C where it was compiled (`native_copies.py`), else in numpy (`numpy_copies.py`); both do the same, and a test holds them to it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -24,11 +24,10 @@ class BlockRows:
     """Where blocks lie outside the store: one view (num_blocks, row_bytes) a layer, each row contiguous; a block is its rows in order."""
 
     views: tuple[Bytes, ...]
+    payload_bytes: int = field(init=False)  # of one block
 
-    @property
-    def payload_bytes(self) -> int:
-        """Of one block."""
-        return sum(view.shape[1] for view in self.views)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "payload_bytes", sum(view.shape[1] for view in self.views))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

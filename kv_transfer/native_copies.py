@@ -120,11 +120,13 @@ class NativeCopies:
         self._pointer = ctypes.byref(self._native)
         self._kept: tuple[BlockRows, _Layout] | None = None
 
-    def _layout(self, rows: BlockRows) -> _Layout:
-        """Addresses of the rows; kept for an engine's, which are asked for at every step."""
+    def _layout(self, rows: BlockRows) -> _Layout | None:
+        """Addresses of the rows, None where they are to go the numpy way; kept for an engine's, which are asked for at every step."""
         kept = self._kept
         if kept is not None and kept[0] is rows:
             return kept[1]
+        if not _is_even(rows):
+            return None
         views = rows.views
         places = [*(address(view) for view in views), *(view.strides[0] for view in views), *(view.shape[1] for view in views)]
         table = (ctypes.c_uint64 * len(places))(*places)
@@ -137,14 +139,15 @@ class NativeCopies:
 
     def gather(self, slots: Slots, slot_bytes: int, rows: BlockRows, block_ids: BlockIds) -> Sums:
         """Copies block i into slot i of this process; the checksums (0 where they are off). Shorter where a slot is not of that size."""
-        if not _is_even(rows):
+        layout = self._layout(rows)
+        if layout is None:
             return self._odd.gather(slots, slot_bytes, rows, block_ids)
         count, sums = len(slots), np.empty(len(slots), np.uint64)
         copied = self._library.tandem_kv_gather(
             self._pointer,
             _start(slots),
             slot_bytes,
-            ctypes.byref(self._layout(rows)),
+            ctypes.byref(layout),
             _start(block_ids),
             count,
             self._checksum,
@@ -155,14 +158,15 @@ class NativeCopies:
 
     def scatter(self, keys: Bytes, rows: BlockRows, block_ids: BlockIds, now_ms: int, *, only_leading: bool) -> Read:
         """Copies the block of key i to block id i, checks generation and checksum after it. What is no HIT may be written in part."""
-        if not _is_even(rows):
+        layout = self._layout(rows)
+        if layout is None:
             return self._odd.scatter(keys, rows, block_ids, now_ms, only_leading=only_leading)
         count = len(keys)
         read = Read(outcomes=np.empty(count, np.uint8), slots=np.full(count, -1, np.int32), generations=np.zeros(count, np.uint32))
         self._library.tandem_kv_scatter(
             self._pointer,
             _start(keys),
-            ctypes.byref(self._layout(rows)),
+            ctypes.byref(layout),
             _start(block_ids),
             count,
             self._checksum,
