@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 _WATCH_MIN_S = 0.02
 # Nothing runs, so nothing changes unsaid: a sign of life. Each costs a router and a replica 0.1 % of a core.
 _WATCH_IDLE_S = 1.0
+_MAX_SOCKET_PATH = 107  # bytes: sun_path
+_ENGINE_SOCKET_CHARS = 37  # a slash and a UUID
 _LEASE_POLL_S = 3600.0  # the lease tells when it changes
 _STAMP_KINDS = {
     StampKind.ACCEPTED: worker_pb2.RequestStamp.KIND_ACCEPTED,
@@ -128,6 +130,8 @@ def _build_engine(config: ReplicaConfig) -> tuple[Engine, Namespace]:
     require_vllm()
     from tandem.engine.vllm_engine import VllmEngine, namespace_parts
 
+    if len(config.runtime_dir) < _MAX_SOCKET_PATH - _ENGINE_SOCKET_CHARS:
+        os.environ["VLLM_RPC_BASE_PATH"] = config.runtime_dir  # else in the system's folder, where nobody removes them after a SIGKILL
     namespace = make_namespace(namespace_parts(config.engine))
     link = None
     if config.engine.is_kv_transfer_on:

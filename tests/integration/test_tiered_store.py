@@ -171,6 +171,17 @@ class TestDown:
         assert tiers.demoted_blocks == {"disk": len(disk.blocks), "redis": 0}
         assert disk.blocks
 
+    def test_a_slab_that_goes_to_another_size_goes_down_first(self, side: Side, disk: LowerDict, tiers: TieredStore) -> None:
+        side.put(*range(SLOTS))
+        side.store.note_use(NAMESPACE, hashes_of(range(SLOTS)))
+        for number in range(SLOTS):
+            side.blocks.age(key(number), 60.0)
+        side.put(5000, size_bytes=2 * SIZE_BYTES)
+        assert side.count([5000]) == 1
+        gone = [number for number in range(SLOTS) if not side.count([number])]
+        assert gone
+        assert disk.held(range(SLOTS)) == gone
+
     def test_what_went_down_comes_up_as_it_was(self, side: Side, disk: LowerDict, tiers: TieredStore) -> None:
         side.put(*range(8))
         side.store.note_use(NAMESPACE, hashes_of(range(8)))
