@@ -29,6 +29,9 @@ class RouterConfig:
     default_output_tokens: int = 128  # what a request is expected to produce where it does not say
     tick_s: float = 0.05  # how late a queued request's deadline may be noticed
     watch_silence_s: float = 2.5  # twelve reports at 5 Hz missed, two of an idle replica: it hangs
+    stream_silence_s: float = 20.0  # between two messages of a stream that has begun: beyond any step, and a worker that lives says so
+    rebalance_gap_fraction: float = 0.25  # of KV room, between the fullest decode replica and the emptiest; 1: nothing is moved for it
+    rebalance_after_s: float = 2.0  # for so long it must have been so, and as long after each move
     reconnect_max_s: float = 0.25  # a replica is back in a second; one that is gone leaves the register, and is tried no more
 
     def validate(self) -> None:
@@ -36,10 +39,10 @@ class RouterConfig:
         for name in ("max_queued_requests", "max_running_requests", "max_prefill_candidates", "max_prefix_blocks", "default_output_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("retry_budget", "retry_hold_s", "no_replica_wait_s", "cold_start_wait_s", "stamp_settle_s"):
+        for name in ("retry_budget", "retry_hold_s", "no_replica_wait_s", "cold_start_wait_s", "stamp_settle_s", "rebalance_after_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("tick_s", "watch_silence_s", "reconnect_max_s"):
+        for name in ("tick_s", "watch_silence_s", "stream_silence_s", "rebalance_gap_fraction", "reconnect_max_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.handoff_min_tokens is not None and self.handoff_min_tokens < 0:

@@ -19,6 +19,7 @@ from router.config import RouterConfig
 from router.fleet import Fleet
 from router.instructions import Abandon, Dispatch, Instruction, Reject, ReplicaStatus
 from router.ledger import Ledger
+from router.moves import Moves
 from router.placement import Placement
 from router.planner import Planner, make_plan
 from router.predict import Predictor
@@ -44,6 +45,7 @@ class RouterCore:
         self._prefixes = PrefixIndex(config.max_prefix_blocks)
         self._admission = Admission(max_queued_requests=config.max_queued_requests, max_running_requests=config.max_running_requests)
         self._planner = Planner(config, self._fleet, self._ledger, self._prefixes, self._predictor)
+        self._moves = Moves(config, self._fleet, self._ledger)
         self._requests: dict[RequestId, Tracked] = {}
         self._ended: OrderedDict[RequestId, tuple[int, float]] = OrderedDict()  # last attempt and when, for the settle time
 
@@ -144,7 +146,7 @@ class RouterCore:
             return []
         tracked, placement = found
         self._predictor.observe_request(now_s - tracked.dispatched_s)
-        if tracked.tries == 1:
+        if tracked.attempt == tracked.attempts_before + 1:
             learn(self._predictor, tracked.request, placement, receipt)
         self._end(tracked, now_s)
         return self._pump(now_s)
@@ -155,6 +157,8 @@ class RouterCore:
         if found is None:
             return []
         tracked, placement = found
+        if tracked.is_moving:
+            tracked.moves += 1
         final = tracked.final_error(error, retry_budget=self._config.retry_budget, now_s=now_s)
         if final is not None:
             return [self._refuse(tracked, final, now_s), *self._pump(now_s)]
@@ -212,9 +216,19 @@ class RouterCore:
             instructions += self._refuse_in_vain(model, now_s)
         self._ledger.expire(now_s)
         self._forget_ended(now_s)
-        return [*instructions, *self._pump(now_s)]
+        return [*instructions, *self._move(now_s), *self._pump(now_s)]
 
     # Inside.
+
+    def _move(self, now_s: float) -> list[Abandon]:
+        """Ends the attempts of requests that are to go on elsewhere."""
+        instructions = []
+        for tracked in self._moves.due(self._requests.values(), now_s):
+            assert tracked.placement is not None
+            tracked.is_moving = True
+            error = UnavailableError(f"replica {tracked.placement.decode.replica_id} gives the request to another", reason=Reason.MOVED)
+            instructions.append(Abandon(request_id=tracked.request.request_id, attempt=tracked.attempt, error=error))
+        return instructions
 
     def _refuse_in_vain(self, model: ModelId, now_s: float) -> list[Reject]:
         """Ends the requests that wait for a model that no replica comes for, and those that have waited for one too long."""
@@ -256,6 +270,7 @@ class RouterCore:
         tracked.attempt += 1
         tracked.placement = placement
         tracked.has_first_token = False
+        tracked.is_moving = False
         tracked.dispatched_s = now_s
         for lease in placement.prefill[:1]:
             self._ledger.book(lease.replica_id, tracked.key, prefill_tokens=placement.uncached_tokens, kv_tokens=tracked.total_tokens)

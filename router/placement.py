@@ -11,6 +11,7 @@ from router.predict import Predictor
 from tandem.domain import Lease, ModelId
 
 SHORT_PROMPT = "short_prompt"
+CONTINUATION = "continuation"  # its blocks are in the store: what is left to compute is a tail
 NO_PREFILL_WORKER = "no_prefill_worker"
 NO_DECODE_WORKER = "no_decode_worker"
 

@@ -81,7 +81,7 @@ class Relay:
         message = request_to_worker_pb(request, dispatch.plan, dispatch.attempt, decode.incarnation)
         timeout_s = deadline.remaining_s("dispatch")
         async with open_stream(self._workers.channel(decode), _GENERATE, message, timeout_s=timeout_s) as stream:
-            while (payload := await ticket.read(stream)) is not None:
+            while (payload := await ticket.read(stream, self._shell.clock())) is not None:
                 await self._forward(payload, ticket)
             self._joiner.end()
             receipt = await stream.receipt()

@@ -3,7 +3,7 @@
 Must not route or count by itself: calls go through the shell. Errors leave as TandemError; `rpc.py` puts them on the wire.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import grpc
 
@@ -14,6 +14,7 @@ from router.workers import Workers
 from tandem.convert import lease_to_pb, load_to_pb, receipt_to_pb, role_from_pb, role_to_pb
 from tandem.domain import Lease, ModelId, PlannedWorker, ReplicaId, ReplicaTarget, Request, Role
 from tandem.errors import InvalidRequestError, NotBuiltError, NotFoundError, PreconditionError, Reason
+from tandem.membership import MemberKind
 from tandem.rpc import ServerCall, service
 from tandem.rpc import call as rpc_call
 from tandem.v1 import common_pb2, control_pb2, inference_pb2, router_pb2, worker_pb2
@@ -23,26 +24,34 @@ _MAX_EXPIRY_S = 366 * 86_400.0
 
 
 class _GrpcCall:
-    """A gRPC call as the frontend sees it."""
+    """A gRPC call as the frontend sees it. `routers` says where the client may go on when this one is lost."""
 
-    def __init__(self, call: ServerCall) -> None:
+    def __init__(self, call: ServerCall, routers: Callable[[], str]) -> None:
         self.time_remaining_s = call.time_remaining_s
         self.write = call.write
+        self._tell_routers = call.tell_routers
+        self._routers = routers
 
     async def accept(self, request: Request, lease: Lease) -> None:
-        """Nothing: gRPC clients are told by the tokens."""
+        """Tells the client of the routers."""
+        await self._tell_routers(self._routers())
 
 
 class InferenceService:
     """What clients call."""
 
-    def __init__(self, shell: RouterShell, frontend: Frontend) -> None:
+    def __init__(self, shell: RouterShell, frontend: Frontend, view: RegisterView | None) -> None:
         self._shell = shell
         self._frontend = frontend
+        self._view = view
 
     async def generate(self, message: inference_pb2.GenerateRequest, call: ServerCall) -> None:
         """Streams one request's tokens; its receipt goes into the trailing metadata. Raises TandemError."""
-        call.set_receipt(receipt_to_pb(await self._frontend.generate(message, _GrpcCall(call))))
+        call.set_receipt(receipt_to_pb(await self._frontend.generate(message, _GrpcCall(call, self._routers))))
+
+    def _routers(self) -> str:
+        """Addresses of all routers with a lease."""
+        return "" if self._view is None else ",".join(member.address for member in self._view.of(MemberKind.ROUTER) if member.address)
 
     async def list_models(self, message: inference_pb2.ListModelsRequest, call: ServerCall) -> inference_pb2.ListModelsResponse:
         """Models that are or were served, with how many replicas are ready now."""
@@ -174,7 +183,7 @@ def services(
 ) -> "Mapping[str, grpc.GenericRpcHandler[bytes, bytes]]":
     """All services by full name, for `start_server`."""
     return {
-        "tandem.v1.Inference": service(inference_pb2, "Inference", InferenceService(shell, frontend)),
+        "tandem.v1.Inference": service(inference_pb2, "Inference", InferenceService(shell, frontend, view)),
         "tandem.v1.Router": service(router_pb2, "Router", RouterService()),
         "tandem.v1.Control": service(control_pb2, "Control", ControlService(shell, workers, view)),
     }

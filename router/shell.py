@@ -19,7 +19,7 @@ from router.instructions import Abandon, Dispatch, Instruction, Reject
 from router.ticket import Ticket
 from tandem.deadline import Deadline
 from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, Stamp, WorkerLoad
-from tandem.errors import OverloadedError, TandemError
+from tandem.errors import OverloadedError, Reason, TandemError, UnavailableError
 from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,16 @@ class RouterShell:
             except Exception:
                 logger.exception("tick_failed")
                 self.metrics.task_failures.labels("tick").inc()
+            self._end_silent()
             self._refresh_gauges()
+
+    def _end_silent(self) -> None:
+        """Breaks off streams that have begun and bring nothing any more: their workers are lost to them."""
+        silence_s = self.config.stream_silence_s
+        latest_s = self.clock() - silence_s
+        for ticket in self._tickets.values():
+            if ticket.is_silent_since(latest_s):
+                ticket.abandon(ticket.attempt, UnavailableError(f"no token for {silence_s:g} s", reason=Reason.WORKER_LOST))
 
     def _refresh_gauges(self) -> None:
         self.metrics.queued_requests.set(self.queued_requests)

@@ -20,6 +20,8 @@ class Ticket:
         self._news: asyncio.Future[Dispatch | TandemError] = asyncio.get_running_loop().create_future()
         self._lost: dict[int, TandemError] = {}  # by attempt; at most one per dispatch
         self._stream: ResponseStream | None = None
+        self._has_begun = False  # the attempt's stream has brought something
+        self._waits_since_s: float | None = None
 
     def tell(self, news: Dispatch | TandemError) -> None:
         """The next attempt, or the end. Nothing where the waiting task has just been cancelled: it closes the ticket then."""
@@ -32,7 +34,7 @@ class Ticket:
         self._news = asyncio.get_running_loop().create_future()
         if isinstance(news, TandemError):
             raise news
-        self.attempt, self._stream = news.attempt, None
+        self.attempt, self._stream, self._has_begun = news.attempt, None, False
         return news
 
     def abandon(self, attempt: int, error: TandemError) -> None:
@@ -41,7 +43,11 @@ class Ticket:
         if attempt == self.attempt and self._stream is not None:
             self._stream.cancel()
 
-    async def read(self, stream: ResponseStream) -> bytes | None:
+    def is_silent_since(self, time_s: float) -> bool:
+        """Whether a stream that had begun has brought nothing since then, though it was waited for."""
+        return self._has_begun and self._waits_since_s is not None and self._waits_since_s < time_s
+
+    async def read(self, stream: ResponseStream, now_s: float) -> bytes | None:
         """The attempt's next message, None at its end. Raises the error of `abandon`, or the stream's own.
 
         A stream that the worker cancelled is a lost worker too; when the caller goes, this task itself is cancelled.
@@ -49,8 +55,13 @@ class Ticket:
         self._stream = stream
         if self.attempt in self._lost:
             raise self._lost[self.attempt]
+        self._waits_since_s = now_s
         try:
-            return await stream.read()
+            payload = await stream.read()
         except CancelledRequestError as error:
             lost = UnavailableError("the worker cancelled the request", reason=Reason.WORKER_LOST)
             raise self._lost.get(self.attempt, lost) from error
+        finally:
+            self._waits_since_s = None
+        self._has_begun = True
+        return payload

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.ledger import BookingKey
-from router.placement import Job, Placement
+from router.placement import CONTINUATION, Job, Placement
 from router.prefix_index import Holder
 from tandem.domain import BlockHash, Lease, Request
-from tandem.errors import DeadlineError, Reason, TandemError
+from tandem.errors import DeadlineError, TandemError
+from tandem.session import has_lost_worker, is_continuable
 
 _HANDOFF_MIN_BLOCKS = 2
 
@@ -27,6 +28,8 @@ class Tracked:
     attempt: int = 0  # 0: none yet
     output_tokens: int = 0  # sent by this router, resumed ones not included
     has_first_token: bool = False  # of this attempt
+    is_moving: bool = False  # this attempt was told to end, so that the request goes on elsewhere
+    moves: int = 0  # attempts that ended so
     placement: Placement | None = None
     dispatched_s: float = 0.0
     avoid: set[Holder] = field(default_factory=set)  # replicas that failed it
@@ -39,8 +42,13 @@ class Tracked:
 
     @property
     def tries(self) -> int:
-        """Attempts of this request so far."""
-        return self.attempt - self.attempts_before
+        """Attempts of this request so far, those not counted that ended because it was moved."""
+        return self.attempt - self.attempts_before - self.moves
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the client has output already, from here or from before."""
+        return bool(self.output_tokens or self.request.resume_token_ids)
 
     @property
     def total_tokens(self) -> int:
@@ -59,18 +67,13 @@ class Tracked:
             model=self.request.model,
             total_tokens=self.total_tokens,
             expected_output_tokens=expected,
-            one_worker_reason=sampling.one_worker_reason(),
+            one_worker_reason=sampling.one_worker_reason() or (CONTINUATION if self.has_output else None),
             handoff_min_tokens=handoff_min_tokens,
         )
 
     def final_error(self, error: TandemError, *, retry_budget: int, now_s: float) -> TandemError | None:
-        """The error the request ends with, or None where another worker may continue it.
-
-        Several choices can be started again, not continued: their positions are not one chain.
-        """
-        is_retryable = error.retryable or error.reason is Reason.STALE_INCARNATION  # it restarted; the new one will do
-        is_continuable = self.request.sampling.n == 1 or self.output_tokens == 0
-        if not is_retryable or not is_continuable or self.tries > retry_budget:
+        """The error the request ends with, or None where another worker may continue it. A move is no failure and costs nothing."""
+        if not has_lost_worker(error) or not is_continuable(self.request.sampling.n, self.output_tokens) or self.tries > retry_budget:
             return error
         if self.deadline_s is not None and self.deadline_s <= now_s:
             return DeadlineError("retry")

@@ -1,7 +1,8 @@
 """The asyncio client. Its blocking twin is in `sync_client.py`; all they share does no I/O and stands in other files."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from random import Random
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -23,20 +24,22 @@ from tandem.domain import Chunk, Receipt, ReplicaTarget
 from tandem.endpoint import resolve_endpoint
 from tandem.errors import CancelledRequestError, ConfigError, TandemError
 from tandem.generate_request import GenerateOptions, PreparedRequest, Prompt, check_timeout_s, prepare_request
-from tandem.rpc import ResponseStream, call, open_channel, start_stream
+from tandem.router_channels import RouterChannels
+from tandem.rpc import ResponseStream, call, open_client_channel, start_stream
 from tandem.v1 import control_pb2, inference_pb2
 
 
 class AsyncTokenStream:
     """The chunks of one request, in order, without gap or repeat. The call starts at the first read.
 
+    A stream that is lost with its router goes on from its last token through another one, or the same once it is back.
     Iterate it once. Leaving the loop early, `aclose()` and the end of `async with` all cancel the request, and the cluster frees what
     it held. `anext(stream)` reads one chunk and cancels nothing.
     """
 
-    def __init__(self, request: PreparedRequest, start: Callable[[], ResponseStream]) -> None:
-        self._reader = ChunkReader(request)
-        self._start = start
+    def __init__(self, request: PreparedRequest, client: "AsyncClient") -> None:
+        self._reader = ChunkReader(request, client.rng)
+        self._client = client
         self._response: ResponseStream | None = None
         self._is_closed = False
         self._has_ended = False
@@ -53,17 +56,36 @@ class AsyncTokenStream:
         if self._is_closed:
             raise CancelledRequestError("the stream was closed before its end")
         try:
-            if self._response is None:
-                self._response = self._start()
-            payload = await self._response.read()
-            if payload is not None:
-                return self._reader.read(payload)
-            self._reader.end(await self._response.receipt())
+            while True:
+                try:
+                    if self._response is None:
+                        self._response = self._client.start(self._reader.message(), self._reader.timeout_s())
+                    payload = await self._response.read()
+                    if payload is not None:
+                        await self._client.learn(self._response)
+                        return self._reader.read(payload)
+                    self._reader.end(await self._response.receipt())
+                    break
+                except TandemError as error:
+                    pause_s = self._after_loss(error)
+                    if pause_s is None:
+                        break
+                    await asyncio.sleep(pause_s)
         except (TandemError, asyncio.CancelledError):
             self._cancel()
             raise
         self._has_ended = True
         raise StopAsyncIteration
+
+    def _after_loss(self, error: TandemError) -> float | None:
+        """Seconds until the request goes on; None where all of it came. Raises `error` where it cannot go on."""
+        if self._is_closed or self._client.is_closed or self._response is None:
+            raise error
+        pause_s = self._reader.lost(error)
+        self._response.cancel()
+        self._response = None
+        self._client.lost()
+        return pause_s
 
     async def __aiter__(self) -> AsyncGenerator[Chunk, None]:
         try:
@@ -95,7 +117,8 @@ class AsyncTokenStream:
 class AsyncClient:
     """Sends prompts to a Tandem cluster. One client is enough for a process; it belongs to the event loop of its first call.
 
-    `endpoint` is a router's host:port; without it TANDEM_ENDPOINT, then the cluster that `tandem up` started. `timeout_s` is the
+    `endpoint` is a router's host:port, or several with commas between them; without it TANDEM_ENDPOINT, then the cluster that
+    `tandem up` started. Where a router is lost, its requests go on through another of these, or one that it told of. `timeout_s` is the
     default deadline of a whole request in seconds; None for none. Raises ConfigError where there is no endpoint.
 
     Every failure is a TandemError: InvalidRequestError (before anything is sent where that can be known), NotFoundError,
@@ -111,9 +134,10 @@ class AsyncClient:
     def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
         self.endpoint = resolve_endpoint(endpoint)
         self._timeout_s = check_timeout_s(timeout_s)
-        self._channel: grpc.aio.Channel | None = None
+        self._channels = RouterChannels(self.endpoint, open_client_channel)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_closed = False
+        self.is_closed = False
+        self.rng = Random()  # of pauses
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncTokenStream:
         """The request's chunks as they come. `prompt` is text, token ids, or chat messages ({"role": ..., "content": ...}).
@@ -155,9 +179,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels what still runs and frees the connection; the client is of no use after it."""
-        self._is_closed = True
-        if self._channel is not None:
-            await self._channel.close(None)
+        self.is_closed = True
+        for channel in self._channels.opened:
+            await channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -165,19 +189,29 @@ class AsyncClient:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
-    def _stream(self, request: PreparedRequest) -> AsyncTokenStream:
-        def start() -> ResponseStream:
-            return start_stream(self._open(), GENERATE, request.message, timeout_s=request.timeout_s)
+    def start(self, message: inference_pb2.GenerateRequest, timeout_s: float | None) -> ResponseStream:
+        """For its streams: begins one."""
+        return start_stream(self._open(), GENERATE, message, timeout_s=timeout_s)
 
-        return AsyncTokenStream(request, start)
+    async def learn(self, response: ResponseStream) -> None:
+        """For its streams: `response` has begun, and says who the routers are."""
+        if self._channels.wants_to_learn:
+            self._channels.learn(await response.routers())
+
+    def lost(self) -> None:
+        """For its streams: one was lost with its router."""
+        self._channels.lost()
+
+    def _stream(self, request: PreparedRequest) -> AsyncTokenStream:
+        return AsyncTokenStream(request, self)
 
     def _open(self) -> grpc.aio.Channel:
         """The connection, made at the first call, because grpc binds it to the running loop."""
-        if self._is_closed:
+        if self.is_closed:
             raise ConfigError("the client is closed: make a new one")
         loop = asyncio.get_running_loop()
-        if self._channel is None:
-            self._channel, self._loop = open_channel(self.endpoint), loop
+        if self._loop is None:
+            self._loop = loop
         elif loop is not self._loop:
             raise ConfigError("an AsyncClient belongs to the event loop of its first call: make one for each loop")
-        return self._channel
+        return self._channels.current

@@ -39,6 +39,7 @@ class Reason(StrEnum):
     UNKNOWN_ROUTE = "unknown_route"
     NO_REPLICA = "no_replica"
     DRAINING = "draining"
+    MOVED = "moved"
     QUEUE_FULL = "queue_full"
     DEADLINE = "deadline"
     CLIENT_CANCELLED = "client_cancelled"

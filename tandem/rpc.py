@@ -38,20 +38,22 @@ M = TypeVar("M", bound=Message)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 RECEIPT_KEY = "tandem-receipt-bin"
+ROUTERS_KEY = "tandem-routers"
 _SHUTDOWN_GRACE_S = 2.0
 _MAX_TIMEOUT_S = 1e8  # about three years; gRPC takes what its clock cannot hold for a deadline that is over
 
-_CHANNEL_OPTIONS = (
+_COMMON_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # http_proxy in the environment is not meant for these calls
     ("grpc.max_send_message_length", -1),  # the server's limit answers, with its name in the error
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 400),  # which is also how long a connection may take: a router that hangs takes none
     ("grpc.max_reconnect_backoff_ms", 250),  # a process that died is back in a second
 )
+_CHANNEL_OPTIONS = (*_COMMON_OPTIONS, ("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000))
+# Where an open call is all that can tell that its other end hangs.
+_CLIENT_OPTIONS = (*_COMMON_OPTIONS, ("grpc.keepalive_time_ms", 1_500), ("grpc.keepalive_timeout_ms", 2_000))
 
 
 class ServerCall:
@@ -69,6 +71,10 @@ class ServerCall:
             await self._context.write(payload)
         except grpc.aio.UsageError as error:
             raise CancelledRequestError from error
+
+    async def tell_routers(self, addresses: str) -> None:
+        """Says who the routers are, before the first message: host:port with commas between them."""
+        await self._context.send_initial_metadata(((ROUTERS_KEY, addresses),))
 
     def time_remaining_s(self) -> float | None:
         """Seconds until the caller's deadline; None where it gave none."""
@@ -197,7 +203,7 @@ async def start_server(host: str, port: int, services: "Mapping[str, grpc.Generi
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 500),
             ("grpc.keepalive_permit_without_calls", 1),
         )
     )
@@ -221,9 +227,14 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(_target(address), options=_CHANNEL_OPTIONS)
 
 
-def open_sync_channel(address: str) -> grpc.Channel:
+def open_client_channel(address: str) -> grpc.aio.Channel:
+    """The same to routers: one that hangs, or that the network cuts off, is given up in a few seconds while a call is open."""
+    return grpc.aio.insecure_channel(_target(address), options=_CLIENT_OPTIONS)
+
+
+def open_sync_client_channel(address: str) -> grpc.Channel:
     """The same for callers without an event loop."""
-    return grpc.insecure_channel(_target(address), options=_CHANNEL_OPTIONS)
+    return grpc.insecure_channel(_target(address), options=_CLIENT_OPTIONS)
 
 
 def _target(address: str) -> str:
@@ -291,6 +302,11 @@ class ResponseStream:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while (payload := await self.read()) is not None:
             yield payload
+
+    async def routers(self) -> str:
+        """What the server said of the routers, host:port with commas between them; call it once a message has come."""
+        found = dict(await self._stream.initial_metadata() or ()).get(ROUTERS_KEY, "")
+        return found if isinstance(found, str) else ""
 
     async def receipt(self) -> bytes | None:
         """The receipt in the trailing metadata, after the end; None where there is none."""

@@ -6,7 +6,7 @@ from typing import cast
 import grpc
 from google.protobuf.message import Message
 
-from tandem.rpc import RECEIPT_KEY, M, Metadata, from_rpc_error, parse_answer
+from tandem.rpc import RECEIPT_KEY, ROUTERS_KEY, M, Metadata, from_rpc_error, parse_answer
 
 
 def call_sync(
@@ -39,6 +39,11 @@ class SyncResponseStream:
     def cancel(self) -> None:
         """Ends the call at once, from any thread; nothing where it has ended."""
         self._stream.cancel()  # type: ignore[no-untyped-call]  # untyped in grpc-stubs
+
+    def routers(self) -> str:
+        """What the server said of the routers, host:port with commas between them; call it once a message has come."""
+        found = dict(self._stream.initial_metadata() or ()).get(ROUTERS_KEY, "")
+        return found if isinstance(found, str) else ""
 
     def receipt(self) -> bytes | None:
         """The receipt in the trailing metadata; None where there is none. Blocks until the stream's end."""

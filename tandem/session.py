@@ -1,10 +1,45 @@
-"""Joins the chunks of one request's stream by position: never a token twice, never a gap.
+"""Continuing a request whose stream was lost: which losses, how often, how soon, from which token. Router and SDK go by this.
 
-Pure: whoever reads the stream feeds it. It holds the tokens so far, which is all that a continuation needs.
+Pure: whoever reads the stream feeds it. It holds the tokens so far, which is all that a continuation needs: none twice, no gap.
 """
 
+from dataclasses import dataclass
+from random import Random
+
 from tandem.domain import Chunk
-from tandem.errors import ProtocolError
+from tandem.errors import Code, ProtocolError, Reason, TandemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """How often a lost stream is continued, and how soon: after a pause that doubles, with jitter."""
+
+    budget: int  # further streams after the first, in all
+    first_pause_s: float = 0.0
+    max_pause_s: float = 0.0
+
+
+# A router that `tandem up` starts anew is back in two seconds; these pauses come to between two and four.
+CLIENT_RETRIES = RetryPolicy(budget=8, first_pause_s=0.02, max_pause_s=1.0)
+# Nothing has come yet, so there may be nobody there: say so soon.
+FIRST_RETRIES = 2
+
+
+def is_continuable(num_choices: int, output_tokens: int) -> bool:
+    """Whether a request goes on from its tokens. Several choices can be started again, not continued: their positions are not one chain."""
+    return num_choices == 1 or output_tokens == 0
+
+
+def has_lost_worker(error: TandemError) -> bool:
+    """Whether it is the worker that failed and not the request, so that another one may go on."""
+    return error.retryable or error.reason is Reason.STALE_INCARNATION  # it restarted; the new one will do
+
+
+def has_lost_router(error: TandemError) -> bool:
+    """Whether it is the stream that failed and another router may go on; a router's own refusal holds for all of them."""
+    if error.code is Code.CANCELLED:  # not by the caller: a server that ends cancels its calls
+        return True
+    return error.code is Code.UNAVAILABLE and error.retryable and error.reason is not Reason.NO_REPLICA
 
 
 class StreamJoiner:
@@ -51,3 +86,31 @@ class StreamJoiner:
         if not self.is_finished:
             missing = [index for index, is_finished in enumerate(self._is_finished) if not is_finished]
             raise ProtocolError(f"the stream ended without a finish reason for choices {missing}")
+
+
+class Session:
+    """One request over as many streams as it takes; the caller reads them, one after another."""
+
+    def __init__(self, policy: RetryPolicy, rng: Random, *, first_position: int = 0, num_choices: int = 1) -> None:
+        self.joiner = StreamJoiner(first_position=first_position, num_choices=num_choices)
+        self.tries = 1  # streams so far, with the one being read
+        self._policy = policy
+        self._rng = rng
+        self._num_choices = num_choices
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that came, of all choices."""
+        return sum(len(self.joiner.token_ids(index)) for index in range(self._num_choices))
+
+    def lost(self, error: TandemError) -> float:
+        """The stream is lost: seconds to wait before the next one, which resumes after the joiner's tokens.
+
+        Raises `error` where nobody may go on.
+        """
+        budget = self._policy.budget if self.output_tokens else min(self._policy.budget, FIRST_RETRIES)
+        if not (has_lost_router(error) and self.tries <= budget and is_continuable(self._num_choices, self.output_tokens)):
+            raise error
+        pause_s = min(self._policy.max_pause_s, self._policy.first_pause_s * 2.0 ** (self.tries - 1))
+        self.tries += 1
+        return pause_s * self._rng.uniform(0.5, 1.0)

@@ -36,7 +36,7 @@ class BareOptions:
     store_dir: str = ""  # empty: a folder of its own in /dev/shm
     store_capacity_bytes: int = 1024 * MIB
     faults: str = ""
-    is_router_on: bool = True
+    routers: int = 1
 
 
 class BarePlatform:
@@ -46,10 +46,11 @@ class BarePlatform:
         self.options = options
         self.cluster = f"{os.getuid()}-{secrets.token_hex(3)}"
         self.router_address = ""
+        self.router_addresses: list[str] = []
         self.http_address = ""
         self.supervisors: dict[str, ReplicaSupervisor] = {}
         self.zygote: asyncio.subprocess.Process | None = None
-        self._router: asyncio.subprocess.Process | None = None
+        self.routers: list[asyncio.subprocess.Process] = []
         self._tether: int | None = None
         self.store_dir = Path(options.store_dir or f"/dev/shm/tandem-{self.cluster}")
         self.runtime_dir = endpoint_folder() / self.cluster
@@ -72,8 +73,8 @@ class BarePlatform:
         async with asyncio.TaskGroup() as group:
             for role, name in ((role, f"{role}-{number}") for role, count in counts.items() for number in range(count)):
                 group.create_task(self.add_replica(role, name), name=f"start-{name}")
-        if self.options.is_router_on:
-            await self._start_router()
+        for number in range(self.options.routers):
+            await self.start_router(f"router-{number}")
 
     async def add_replica(self, role: Role, name: str, **engine_changes: object) -> ReplicaProcess:
         """Starts one more replica and supervises it; `engine_changes` are fields of EngineConfig."""
@@ -105,8 +106,8 @@ class BarePlatform:
 
     async def stop(self) -> None:
         """Ends every process, then removes sockets, blocks and the endpoint file."""
-        if self._router is not None:
-            await stop_process(self._router)
+        for router in self.routers:
+            await stop_process(router)
         await asyncio.gather(*(supervisor.stop() for supervisor in self.supervisors.values()))
         if self.zygote is not None:
             await stop_process(self.zygote)
@@ -133,9 +134,13 @@ class BarePlatform:
         if not await ZygoteClient(self._zygote_socket).wait_ready():
             raise ConfigError(f"the zygote did not start: {last_words(self.runtime_dir / 'zygote.log')}")
 
-    async def _start_router(self) -> None:
+    async def start_router(self, name: str) -> None:
+        """Starts one more router over the replicas that there are."""
         workers = [f"--worker={replica.address}" for replica in self.replicas.values()]
-        arguments = ["router", f"--cluster={self.cluster}", "--port=0", "--http-port=0", *workers]
-        self._router, facts = await start_program(arguments, self.runtime_dir / "router.log", ready="router ready")
-        self.router_address, self.http_address = facts["address"], facts["http"]
-        write_endpoint_file(self.cluster, {"grpc": self.router_address, "cluster": self.cluster, "pid": os.getpid()})
+        arguments = ["router", f"--cluster={self.cluster}", f"--router-id={name}", "--port=0", "--http-port=0", *workers]
+        router, facts = await start_program(arguments, self.runtime_dir / f"{name}.log", ready="router ready")
+        self.routers.append(router)
+        self.router_addresses.append(facts["address"])
+        if not self.router_address:
+            self.router_address, self.http_address = facts["address"], facts["http"]
+            write_endpoint_file(self.cluster, {"grpc": self.router_address, "cluster": self.cluster, "pid": os.getpid()})

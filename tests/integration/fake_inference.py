@@ -54,9 +54,15 @@ def lease(replica_id: str, role: Role) -> Lease:
 
 
 class FakeInference:
-    """Says token 100, 101, ... as "t100 ", "t101 ", one chunk each, for `max_tokens` tokens."""
+    """Says token 100, 101, ... as "t100 ", "t101 ", one chunk each, for `max_tokens` tokens; at `holds_at` it says no more.
 
-    def __init__(self) -> None:
+    `routers` is what it says of the routers.
+    """
+
+    def __init__(self, *, holds_at: int | None = None, routers: str = "") -> None:
+        self._holds_at = holds_at
+        self._routers = routers
+        self.holds = asyncio.Event()
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.time_remaining_s: float | None = None
         self.has_request = asyncio.Event()
@@ -88,8 +94,12 @@ class FakeInference:
 
     async def _count(self, request: inference_pb2.GenerateRequest, call: rpc.ServerCall) -> None:
         sampling = convert.sampling_from_pb(request.sampling)
+        await call.tell_routers(self._routers)
         first, limit = request.first_position, sampling.max_tokens or 3
         for position in range(first, limit):
+            if position == self._holds_at:
+                self.holds.set()
+                await asyncio.Event().wait()
             for choice in range(sampling.n):
                 token = 100 * (choice + 1) + position
                 is_last = position == limit - 1
@@ -138,13 +148,13 @@ class FakeInference:
 
 
 @asynccontextmanager
-async def serve(fake: FakeInference) -> AsyncIterator[rpc.Server]:
-    """The fake on a free port of loopback; running calls are cut at the end."""
+async def serve(fake: FakeInference, port: int = 0) -> AsyncIterator[rpc.Server]:
+    """The fake on loopback, on a free port unless one is given; running calls are cut at the end."""
     services = {
         "tandem.v1.Inference": rpc.service(inference_pb2, "Inference", fake),
         "tandem.v1.Control": rpc.service(control_pb2, "Control", fake),
     }
-    server = await rpc.start_server("127.0.0.1", 0, services)
+    server = await rpc.start_server("127.0.0.1", port, services)
     try:
         yield server
     finally:

@@ -118,7 +118,7 @@ async def read_metrics_address(replica: ReplicaProcess) -> str:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TwoNodes]:
     folder: Path = tmp_path_factory.mktemp("nodes")
-    platform = BarePlatform(BareOptions(prefill=0, decode=0, is_router_on=False))
+    platform = BarePlatform(BareOptions(prefill=0, decode=0, routers=0))
     replicas: list[ReplicaProcess] = []
     callers: list[DirectCaller] = []
 

@@ -78,12 +78,12 @@ async def test_every_error_comes_back_from_every_kind_of_call(
 
 
 def call_blocking(address: str) -> None:
-    with rpc.open_sync_channel(address) as channel:
+    with rpc.open_sync_client_channel(address) as channel:
         rpc_sync.call_sync(channel, LIST_MODELS, inference_pb2.ListModelsRequest(), inference_pb2.ListModelsResponse, timeout_s=30)
 
 
 def stream_blocking(address: str) -> None:
-    with rpc.open_sync_channel(address) as channel:
+    with rpc.open_sync_client_channel(address) as channel:
         stream = rpc_sync.start_stream_sync(channel, GENERATE, inference_pb2.GenerateRequest(), timeout_s=30)
         while stream.read() is not None:
             pass

@@ -1,10 +1,23 @@
 """The joiner takes a stream in whole or not at all."""
 
+from random import Random
+
 import pytest
 
 from tandem.domain import Chunk, FinishReason
-from tandem.errors import ProtocolError
-from tandem.session import StreamJoiner
+from tandem.errors import (
+    CancelledRequestError,
+    DeadlineError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+    PreconditionError,
+    ProtocolError,
+    Reason,
+    TandemError,
+    UnavailableError,
+)
+from tandem.session import FIRST_RETRIES, RetryPolicy, Session, StreamJoiner, has_lost_router, has_lost_worker
 
 
 def joined(joiner: StreamJoiner, *chunks: Chunk) -> StreamJoiner:
@@ -71,3 +84,66 @@ def test_an_end_without_a_finish_reason_is_refused() -> None:
     joiner = joined(StreamJoiner(num_choices=2), Chunk(first_position=0, token_ids=(1,), finish_reason=FinishReason.STOP))
     with pytest.raises(ProtocolError, match=r"choices \[1\]"):
         joiner.end()
+
+
+def session(*tokens: int, num_choices: int = 1, budget: int = 8) -> Session:
+    made = Session(RetryPolicy(budget=budget, first_pause_s=0.1, max_pause_s=1.0), Random(1), num_choices=num_choices)
+    if tokens:
+        made.joiner.join(Chunk(first_position=0, token_ids=tokens))
+    return made
+
+
+class TestLosses:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            UnavailableError("gone", reason=Reason.WORKER_LOST),
+            UnavailableError("going", reason=Reason.DRAINING),
+            EngineError("died"),
+            CancelledRequestError("the server ends"),
+        ],
+    )
+    def test_a_lost_router_is_replaced_by_another(self, error: TandemError) -> None:
+        assert has_lost_router(error)
+        session(5).lost(error)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            UnavailableError("none", reason=Reason.NO_REPLICA),
+            OverloadedError("full", retry_after_s=1.0),
+            InvalidRequestError("prompt", "must not be empty"),
+            DeadlineError("queue"),
+            ProtocolError("a gap"),
+        ],
+    )
+    def test_what_every_router_would_say_is_raised(self, error: TandemError) -> None:
+        with pytest.raises(type(error)) as caught:
+            session(5).lost(error)
+        assert caught.value is error
+
+    def test_the_pauses_grow_and_end_with_the_budget(self) -> None:
+        one, error = session(5, budget=6), EngineError("died")
+        pauses = [one.lost(error) for _ in range(6)]
+        for pause_s, most_s in zip(pauses, (0.1, 0.2, 0.4, 0.8, 1.0, 1.0), strict=True):
+            assert most_s / 2 <= pause_s <= most_s
+        assert one.tries == 7
+        with pytest.raises(EngineError):
+            one.lost(error)
+
+    def test_where_nothing_came_it_gives_up_soon(self) -> None:
+        one, error = session(), EngineError("nobody there")
+        for _ in range(FIRST_RETRIES):
+            one.lost(error)
+        with pytest.raises(EngineError):
+            one.lost(error)
+
+    def test_several_choices_are_not_continued(self) -> None:
+        session(num_choices=2).lost(EngineError("before the first token"))
+        with pytest.raises(EngineError):
+            session(5, num_choices=2).lost(EngineError("after it"))
+
+    def test_a_worker_that_failed_is_another_thing_than_a_request_that_did(self) -> None:
+        assert has_lost_worker(EngineError("died"))
+        assert has_lost_worker(PreconditionError("restarted", reason=Reason.STALE_INCARNATION))
+        assert not has_lost_worker(ProtocolError("gap"))

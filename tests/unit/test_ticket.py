@@ -69,18 +69,18 @@ async def test_news_for_a_task_that_has_been_cancelled_are_dropped() -> None:
 
 async def test_messages_and_the_end_are_read() -> None:
     ticket = await _ticket()
-    assert await ticket.read(_stream(b"x")) == b"x"
-    assert await ticket.read(_stream(None)) is None
+    assert await ticket.read(_stream(b"x"), 0.0) == b"x"
+    assert await ticket.read(_stream(None), 0.0) is None
 
 
 async def test_the_streams_own_error_is_raised() -> None:
     with pytest.raises(EngineError):
-        await (await _ticket()).read(_stream(LOST))
+        await (await _ticket()).read(_stream(LOST), 0.0)
 
 
 async def test_a_loss_breaks_off_the_reading() -> None:
     ticket = await _ticket()
-    task = asyncio.create_task(ticket.read(_stream(is_open=True)))
+    task = asyncio.create_task(ticket.read(_stream(is_open=True), 0.0))
     await asyncio.sleep(0)
     ticket.abandon(1, LOST)
     with pytest.raises(EngineError):
@@ -93,25 +93,40 @@ async def test_a_loss_before_the_reading_began_ends_it_at_once() -> None:
     ticket.abandon(1, LOST)
     await ticket.next_dispatch()
     with pytest.raises(EngineError):
-        await ticket.read(_stream(is_open=True))
+        await ticket.read(_stream(is_open=True), 0.0)
 
 
 async def test_a_loss_during_a_write_ends_the_next_reading() -> None:
     ticket = await _ticket()
-    await ticket.read(_stream(b"x"))
+    await ticket.read(_stream(b"x"), 0.0)
     ticket.abandon(1, LOST)
     with pytest.raises(EngineError):
-        await ticket.read(_stream(b"y"))
+        await ticket.read(_stream(b"y"), 0.0)
 
 
 async def test_the_loss_of_an_older_attempt_means_nothing() -> None:
     ticket = await _ticket(attempt=2)
     ticket.abandon(1, LOST)
-    assert await ticket.read(_stream(b"x")) == b"x"
+    assert await ticket.read(_stream(b"x"), 0.0) == b"x"
 
 
 async def test_a_stream_that_the_worker_cancelled_is_a_lost_worker() -> None:
     ticket = await _ticket()
     with pytest.raises(UnavailableError) as caught:
-        await ticket.read(_stream(CancelledRequestError()))
+        await ticket.read(_stream(CancelledRequestError()), 0.0)
     assert caught.value.reason is Reason.WORKER_LOST
+
+
+async def test_silence_counts_from_the_first_message_on_while_the_next_is_waited_for() -> None:
+    ticket = await _ticket()
+    begun = asyncio.create_task(ticket.read(_stream(is_open=True), 1.0))
+    await asyncio.sleep(0)
+    assert not ticket.is_silent_since(100.0)  # nothing has come yet: it may be computing
+    begun.cancel()
+    await ticket.read(_stream(b"x"), 2.0)
+    assert not ticket.is_silent_since(100.0)  # it is the client that is slow
+    waiting = asyncio.create_task(ticket.read(_stream(is_open=True), 3.0))
+    await asyncio.sleep(0)
+    assert not ticket.is_silent_since(2.9)
+    assert ticket.is_silent_since(3.1)
+    waiting.cancel()
