@@ -20,7 +20,7 @@ QUICK_TESTS := $(wildcard tests/contract tests/packaging)
 INTEGRATION_TESTS := $(wildcard tests/integration/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit integration prometheus proto wheel clean
+.PHONY: help setup demo test covered quick lint unit integration prometheus proto wheel clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,9 +46,16 @@ demo: setup  ## start the whole platform on the bundled model, send prompts, che
 	@$(BIN)/python -m tandem.demo --json build/demo.json
 
 test: lint prometheus  ## what CI runs: lint, types, all tests, and full branch coverage of the pure files
-	$(BIN)/python -m pytest --cov --cov-report= $(COVERED_TESTS)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target covered quick
 	$(BIN)/python -m coverage report --include="$$(paste -sd, tests/pure_files.txt)" --fail-under=100 --show-missing --skip-covered
-	$(BIN)/python -m pytest $(QUICK_TESTS) $(INTEGRATION_TESTS)
+	$(BIN)/python -m pytest $(INTEGRATION_TESTS)
+
+# These two compute and start little, so they run side by side.
+covered: setup
+	$(BIN)/python -m pytest --cov --cov-report= $(COVERED_TESTS)
+
+quick: setup
+	$(BIN)/python -m pytest -o cache_dir=build/pytest_cache $(QUICK_TESTS)
 
 lint: setup  ## formatting, lint rules and types
 	$(BIN)/python -m ruff format --check .

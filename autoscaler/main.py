@@ -198,7 +198,8 @@ class Autoscaler:
         """A tick at each wake-up, as long as it leads."""
         config = self._config
         core = ScalerCore(_limits(config, await self._last_targets()), read_section(ScalerConfig, config.scaler, "scaler."))
-        pool = RayPool({Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}, NodeAgent, config, self._redis_url, self._changed)
+        actors = {Role.PREFILL: PrefillActor, Role.DECODE: DecodeActor}
+        pool = RayPool(actors, NodeAgent, config, self._redis_url, self._changed, self._register)
         observer = Observer(self._register, self._channels)
         refreshed_s, pause_s = 0.0, _TICK_S
         async with asyncio.TaskGroup() as group:

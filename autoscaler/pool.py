@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,10 @@ class ReplicaPool(Protocol):
     def replicas(self) -> Mapping[ReplicaId, PoolReplica]:
         """What is there, as last heard."""
 
+    @property
+    def orphans(self) -> Collection[ReplicaId]:
+        """Names whose replica may serve on without a supervisor: whoever asks for one of them has it adopted."""
+
     async def refresh(self) -> None:
         """Looks for what others started. Raises UnavailableError where that cannot be seen."""
 
@@ -66,9 +70,12 @@ class ReplicaNames:
         model = self._slugs.get(match["slug"]) if match else None
         return None if match is None or model is None else PoolKey(model=model_name(model), role=Role(match["role"]))
 
-    def free(self, key: PoolKey, taken: Iterable[str]) -> ReplicaId:
-        """The lowest name of the pool that is not taken."""
+    def free(self, key: PoolKey, taken: Iterable[str], first: Iterable[ReplicaId] = ()) -> ReplicaId:
+        """The lowest name of the pool that is not taken, those of `first` before all others."""
         used = set(taken)
+        wanted = [name for name in sorted(first) if name not in used and self.try_parse(name) == key]
+        if wanted:
+            return wanted[0]
         slug = next(slug for slug, model in self._slugs.items() if model_name(model) == key.model)
         number = 0
         while f"{slug}-{key.role}-{number}" in used:

@@ -6,7 +6,7 @@ Starts, stops and hears of them; must not decide how many. Ray's calls that bloc
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,12 @@ from autoscaler.ray_client import ask_ray, first_line
 from tandem.cluster_config import ClusterConfig
 from tandem.config import EngineConfig, ReplicaConfig
 from tandem.domain import ReplicaId, Role
-from tandem.errors import Reason, UnavailableError
+from tandem.errors import Reason, TandemError, UnavailableError
 from tandem.fingerprint import code_fingerprint
+from tandem.membership import MemberKind, Register
 from tandem.model_memory import replica_memory_bytes
 from tandem.node_folder import LOCAL_NODE
+from tandem.replica_actor import REPORT_S
 from tandem.supervisor import SupervisedState
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 _STOP_S = 15.0
 _PLACE_S = 90.0  # for Ray to find room for an actor, and for its node's agent to be there
 _UNHEARD_S = 10.0  # for a connection to an actor to come back
+_SILENT_S = 2 * REPORT_S  # an actor that says nothing for longer hangs: it answers each REPORT_S
+_AGENT_START_S = 120.0  # its store service has 60 s
 _PAUSE_S = 0.5
 
 
@@ -44,12 +48,15 @@ class RayPool:
         config: ClusterConfig,
         redis_url: str,
         on_change: Callable[[], None],
+        register: Register,
     ) -> None:
         self._actors = actors
         self._agent = agent
         self._config = config
         self._redis_url = redis_url
         self._on_change = on_change
+        self._register = register
+        self._orphans: set[ReplicaId] | None = None  # not looked for yet
         self._names = ReplicaNames(config.models)
         self._replicas: dict[ReplicaId, PoolReplica] = {}
         self._handles: dict[ReplicaId, Any] = {}  # by handle an actor is itself; its name may be a later one's
@@ -60,6 +67,11 @@ class RayPool:
     def replicas(self) -> Mapping[ReplicaId, PoolReplica]:
         """What is there, as last heard."""
         return self._replicas
+
+    @property
+    def orphans(self) -> Collection[ReplicaId]:
+        """Replicas whose actor is lost."""
+        return self._orphans or ()
 
     async def refresh(self) -> None:
         """Node agents on new nodes, replicas that another leader started. Raises UnavailableError where Ray does not answer."""
@@ -72,8 +84,19 @@ class RayPool:
                 key = self._names.try_parse(name)
                 if key is not None and name not in self._replicas:
                     self._adopt(ReplicaId(name), key, await ask_ray(lambda name=name: ray.get_actor(name)))  # type: ignore[misc]
+            if self._orphans is None:
+                self._orphans = await self._serving() - self._replicas.keys()
         except (RayError, ValueError) as error:  # ValueError: an actor has just gone
             raise UnavailableError(f"Ray does not say what there is: {first_line(error)}", reason=Reason.START_FAILED) from error
+
+    async def _serving(self) -> set[ReplicaId]:
+        """What is in the register: of a Ray head that died the replicas live on."""
+        try:
+            members = (await self._register.snapshot()).members
+        except TandemError as error:
+            logger.warning("orphans_not_looked_for error=%s", error.message)
+            return set()
+        return {ReplicaId(member.member_id) for member in members if member.kind is MemberKind.REPLICA}
 
     async def add(self, key: PoolKey, replica_id: ReplicaId) -> None:
         """Asks Ray for one more actor with the model's resources: one bundle."""
@@ -118,20 +141,24 @@ class RayPool:
         self._adopt(replica_id, key, actor)
 
     async def remove(self, replica_id: ReplicaId) -> None:
-        """Has the actor end its replica, then ends the actor."""
-        listener, actor = self._listeners.pop(replica_id, None), self._handles.pop(replica_id, None)
+        """Has the actor end its replica, then ends the actor. The replica of an actor that is lost already waits for the next one."""
+        listener, actor, replica = (
+            self._listeners.pop(replica_id, None),
+            self._handles.pop(replica_id, None),
+            self._replicas.get(replica_id),
+        )
         if listener is not None:
             listener.cancel()
+        if replica is not None and replica.state is SupervisedState.STOPPED and self._orphans is not None:
+            self._orphans.add(replica_id)
         if actor is not None:
-            try:
-                async with asyncio.timeout(_STOP_S):
-                    await actor.stop.remote()
-            except (RayError, TimeoutError) as error:
-                logger.info("replica_not_asked replica_id=%s error=%s", replica_id, first_line(error))
-            try:
-                await ask_ray(lambda: ray.kill(actor))
-            except (RayError, ValueError, UnavailableError) as error:
-                logger.info("actor_gone replica_id=%s error=%s", replica_id, first_line(error))
+            if replica is None or replica.state is not SupervisedState.STOPPED:
+                try:
+                    async with asyncio.timeout(_STOP_S):
+                        await actor.stop.remote()
+                except (RayError, TimeoutError) as error:
+                    logger.info("replica_not_asked replica_id=%s error=%s", replica_id, first_line(error))
+            await _kill(actor, replica_id)
         self._replicas.pop(replica_id, None)
         self._on_change()
 
@@ -141,6 +168,8 @@ class RayPool:
             task.cancel()
 
     def _adopt(self, replica_id: ReplicaId, key: PoolKey, actor: Any) -> None:
+        if self._orphans is not None:
+            self._orphans.discard(replica_id)
         self._replicas[replica_id] = PoolReplica(replica_id=replica_id, key=key, state=SupervisedState.STARTING)
         self._handles[replica_id] = actor
         self._listeners[replica_id] = asyncio.create_task(self._listen(replica_id, key, actor), name=f"listen {replica_id}")
@@ -153,6 +182,8 @@ class RayPool:
                 await actor.start.remote()
             while True:
                 report = await _heard(actor, version)
+                if report["version"] == version:
+                    continue
                 version, state = report["version"], SupervisedState(report["state"])
                 if state is SupervisedState.RUNNING:
                     end = SupervisedState.STOPPED
@@ -163,7 +194,7 @@ class RayPool:
             error = f"Ray has not found room for {replica_id} in {_PLACE_S:g} s: {room}"
             logger.warning("actor_not_placed replica_id=%s", replica_id)
             self._set(replica_id, key, SupervisedState.FAILED, error=error)
-        except RayError as failure:
+        except (RayError, _SilentActorError) as failure:
             logger.warning("actor_lost replica_id=%s error=%s", replica_id, first_line(failure))
             self._set(replica_id, key, end, error=first_line(failure))
 
@@ -191,23 +222,48 @@ class RayPool:
         pause_s = _PAUSE_S
         try:
             actor = await ask_ray(lambda: self._agent.options(**options).remote(*arguments))
-            await actor.start.remote()
-            logger.info("agent_runs node=%s", node)
-            pause_s = 0.0
-            await actor.wait.remote()
+            try:
+                async with asyncio.timeout(_AGENT_START_S):
+                    await actor.start.remote()
+                logger.info("agent_runs node=%s", node)
+                pause_s = 0.0
+                while True:
+                    async with asyncio.timeout(_SILENT_S):
+                        await actor.wait.remote()
+            except TimeoutError as error:
+                logger.warning("agent_silent node=%s error=%s", node, first_line(error))
+                await _kill(actor, node)
         except (RayError, ValueError, UnavailableError) as error:
             logger.warning("agent_lost node=%s error=%s", node, first_line(error))
             await asyncio.sleep(pause_s)
         self._on_change()
 
 
+class _SilentActorError(Exception):
+    """An actor lives and does not answer."""
+
+
+async def _kill(actor: Any, name: str) -> None:
+    try:
+        await ask_ray(lambda: ray.kill(actor))
+    except (RayError, ValueError, UnavailableError) as error:
+        logger.info("actor_gone name=%s error=%s", name, first_line(error))
+
+
 async def _heard(actor: Any, version: int) -> dict[str, Any]:
-    """The actor's next report. A broken connection to it may come back; raises RayError where it does not, or the actor is dead."""
+    """The actor's next report. A broken connection to it may come back; raises RayError where it does not, or the actor is dead.
+
+    Raises _SilentActorError where it hangs.
+    """
     deadline_s: float | None = None
     while True:
         try:
-            report: dict[str, Any] = await actor.report.remote(version)
+            report: dict[str, Any]
+            async with asyncio.timeout(_SILENT_S):
+                report = await actor.report.remote(version)
             return report
+        except TimeoutError as error:
+            raise _SilentActorError(f"it has said nothing for {_SILENT_S:g} s") from error
         except ActorUnavailableError:
             now_s = asyncio.get_running_loop().time()
             deadline_s = deadline_s or now_s + _UNHEARD_S

@@ -94,7 +94,7 @@ class Reconciler:
 
     async def _start(self, decision: PoolDecision, count: int) -> None:
         for _ in range(count):
-            replica_id = self._names.free(decision.key, self._pool.replicas)
+            replica_id = self._names.free(decision.key, self._pool.replicas, self._pool.orphans)
             logger.info("replica_start replica_id=%s reason=%s", replica_id, decision.reason)
             try:
                 await self._pool.add(decision.key, replica_id)

@@ -157,6 +157,7 @@ class DecodeService:
             token_ids=token_ids,
             sampling=replace(request.sampling, min_tokens=max(0, request.sampling.min_tokens - choice.position)),
             max_new_tokens=request.max_output_tokens(self._engine.info) - choice.position,
+            resumed_tokens=len(token_ids) - len(request.prompt_token_ids),
             cache_salt=request.cache_salt,
             priority=request.priority,
             counts_use=stream.prefilled is None,

@@ -1,6 +1,6 @@
 """The Ray actor that supervises one prefill replica. Light: it imports neither vLLM nor gRPC.
 
-Ray places it and its resources; the replica is a process of the node's zygote and dies with the actor. Only reconcile replaces actors.
+Ray places it and its resources; the replica is the node's zygote's child and outlives the actor a while. Only reconcile replaces actors.
 """
 
 import ray

@@ -76,6 +76,7 @@ def _to_engine_request(request: worker_pb2.PrefillRequest, run: Run) -> EngineRe
         token_ids=tuple(request.prompt_token_ids),
         sampling=replace(sampling, min_tokens=max(0, sampling.min_tokens - request.resumed_tokens)),
         max_new_tokens=1,
+        resumed_tokens=request.resumed_tokens,
         cache_salt=request.cache_salt,
         priority=request.priority,
     )

@@ -7,7 +7,8 @@ import asyncio
 from typing import Protocol
 
 from kv_transfer.manifest import hash_in_slices
-from router.relay import Relay
+from router.choices import Choices
+from router.relay import Relay, TokenSink
 from router.request_reader import read_request
 from router.shell import RouterShell
 from router.tokenizer import Tokenizers
@@ -45,7 +46,7 @@ class Frontend:
         """Streams one request's tokens to the call; answers its receipt. Raises TandemError."""
         arrived_s = self._shell.clock()
         deadline = Deadline(call.time_remaining_s())
-        model, outcome, relay = _UNKNOWN_MODEL, str(Reason.BUG), None
+        model, outcome, choices = _UNKNOWN_MODEL, str(Reason.BUG), None
         metrics = self._shell.metrics
         try:
             with self._shell.call(message.model):
@@ -56,8 +57,12 @@ class Frontend:
                 block_hashes = await hash_in_slices(request.prompt_token_ids, lease.engine.block_size_tokens, request.cache_salt)
                 await call.accept(request, lease)
                 metrics.prompt_tokens.labels(model).inc(len(request.prompt_token_ids))
-                relay = Relay(self._shell, self._workers, call, request, lease.engine, arrived_s=arrived_s)
-                receipt = await relay.run(block_hashes, deadline)
+
+                def make_relay(sink: TokenSink, request: Request) -> Relay:
+                    return Relay(self._shell, self._workers, sink, request, lease.engine, arrived_s=arrived_s)
+
+                choices = Choices(call, request, make_relay)
+                receipt = await choices.run(block_hashes, deadline)
             self._observe(lease.model, receipt)
             outcome = "ok"
             return receipt
@@ -69,8 +74,8 @@ class Frontend:
             raise
         finally:
             metrics.requests.labels(model, outcome).inc()
-            if relay is not None:
-                metrics.output_tokens.labels(model).inc(relay.sent_tokens)
+            if choices is not None:
+                metrics.output_tokens.labels(model).inc(choices.sent_tokens)
 
     def _observe(self, model: ModelId, receipt: Receipt) -> None:
         metrics = self._shell.metrics

@@ -18,12 +18,11 @@ from tandem.cluster_config import ClusterConfig, cluster_config_from_json
 from tandem.endpoint import remove_endpoint_file
 from tandem.errors import ConfigError, TandemError
 from tandem.launch import remove_folder
+from tandem.node_folder import MEMBER_OF as MEMBER_OF
 from tandem.node_folder import cluster_folder, ray_folder, shm_folder
 from tandem.parenthood import REPLICA_NAME
 from tandem.redis_register import RedisRegister
 
-# Set for what `tandem up` starts, inherited by all of it, and by nothing else.
-MEMBER_OF = "TANDEM_MEMBER_OF"
 _ROUTER_GRACE_S = 3.0  # running streams have 2 s
 _GRACE_S = 5.0
 _STOP_ALL_S = 60.0
@@ -59,6 +58,9 @@ _KINDS = (
     ("valkey-server", "redis"),
     ("ray", "ray"),
 )
+
+
+_OF_RAY = ("gcs", "raylet", "ray", "node_agent", "actor")
 
 
 def processes_of(cluster: str) -> list[ClusterProcess]:
@@ -103,8 +105,11 @@ def clean_cluster(cluster: str) -> None:
 
 
 def end_ray(cluster: str) -> None:
-    """Kills what is left of a Ray head of the cluster's own, and waits until it is gone."""
-    while left := [process for process in processes_of(cluster) if process.kind in ("gcs", "raylet", "ray")]:
+    """Kills what is left of a Ray head of the cluster's own, its actors too, and waits until it is gone.
+
+    An actor of a dead head may hang, and then goes on owning its replica.
+    """
+    while left := [process for process in processes_of(cluster) if process.kind in _OF_RAY]:
         _signal(left, signal.SIGKILL)
         time.sleep(_POLL_S)
 
@@ -138,9 +143,10 @@ def _forget(config: ClusterConfig) -> None:
 
 
 def _end(processes: Iterable[ClusterProcess], grace_s: float) -> None:
-    """SIGTERM, then a wait until they are gone or the grace is over."""
+    """SIGTERM, to replicas SIGINT, for they are not to drain; then a wait until they are gone or the grace is over."""
     waited = list(processes)
-    _signal(waited, signal.SIGTERM)
+    _signal([process for process in waited if process.kind == "replica"], signal.SIGINT)
+    _signal([process for process in waited if process.kind != "replica"], signal.SIGTERM)
     deadline_s = time.monotonic() + grace_s
     while time.monotonic() < deadline_s and any(_lives(process.pid) for process in waited):
         time.sleep(_POLL_S)

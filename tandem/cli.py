@@ -1,7 +1,7 @@
 """The `tandem` command. What a command needs is imported inside it, so that help and errors come at once.
 
-Exit status: 0 done, 1 where a load test had failed requests, 2 an error of ours or a wrong argument (one line on stderr), 130 after
-Ctrl-C.
+Exit status: 0 done, 1 where a load test had failed requests or a promise was broken, 2 an error of ours or a wrong argument (one
+line on stderr), 130 after Ctrl-C.
 """
 
 import io
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tandem.chaos.command import chaos
 from tandem.errors import InvalidRequestError, TandemError
 from tandem.kv_cli import kv_app
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _app() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(_options)
-    for command in (up, down, generate, models, status, top, scale, drain, bench):
+    for command in (up, down, generate, models, status, top, scale, drain, bench, chaos):
         app.command()(command)
     app.add_typer(kv_app, name="kv")
     return app

@@ -3,8 +3,9 @@
 Must not read the environment or files at import time.
 """
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 MIB = 1 << 20
 PREFETCH_WAIT_S = 1.0  # a prefix of 2,000 tokens of the bundled model comes in 20 ms, and is computed in 200
@@ -51,10 +52,19 @@ class ReplicaConfig:
     log_path: str = ""  # stdout and stderr of a forked replica; empty: the zygote's
     watch_interval_s: float = 0.1  # 10 Hz: a queue state half a second old costs 23 points of SLO attainment (reference: algorithms)
     publish_wait_s: float = 5.0  # longer than any publication takes; then the decode worker computes what is not there
+    orphan_s: float = 60.0  # how long it serves on without a supervisor: a new Ray head and its actors take 12 to 30
+    drain_s: float = 25.0  # what runs at a SIGTERM may go on as long: machines that are taken away give 30 s
+    silence_s: float = 15.0  # without an answer from its event loop, then it hangs; a busy machine costs a second or two
+    step_timeout_s: float = 30.0  # a step of its engine; ten times that while the engine computes, as a large model on a CPU does
 
     def to_json(self) -> str:
         """For another process; `replica_config_from_json` reads it."""
         return json.dumps(asdict(self))
+
+    def fingerprint(self) -> str:
+        """Equal where a process that runs with the one configuration is what the other asks for: each life has its own ports and seed."""
+        same = replace(self, incarnation=0, port=0, metrics_port=0, engine=replace(self.engine, seed=0))
+        return hashlib.sha256(same.to_json().encode()).hexdigest()[:16]
 
 
 def replica_config_from_json(text: str) -> ReplicaConfig:

@@ -128,16 +128,8 @@ class Sampling:
             self.structured_output.validate()
 
     def one_worker_reason(self) -> str | None:
-        """Why this request cannot be handed off exactly, or None where it can."""
-        if self.n > 1:
-            return "n"
-        if self.structured_output is not None:
-            return "structured_output"
-        if self.seed is not None and self.temperature > 0.0:
-            return "seed"
-        if self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0:
-            return "penalties"
-        return None
+        """Why this request cannot be handed off exactly, or None where it can (the table in decode_workers/README.md)."""
+        return "n" if self.n > 1 else None  # several choices are no one chain of positions
 
 
 _RANGES = (

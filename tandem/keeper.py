@@ -1,14 +1,16 @@
-"""Child processes that are started again whenever they end, with a growing pause where they end at once.
+"""Child processes that are started again whenever they end or are stopped by a signal, with a growing pause where they end at once.
 
 Must not know what they are.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tandem.errors import ConfigError
+from tandem.hang import killed_if_stopped
 from tandem.launch import stop_process
 
 _PAUSE_S = 0.1
@@ -27,6 +29,7 @@ class Child:
     start: Start
     process: Process
     restarts: int = 0
+    may_stop: bool = False  # a stopped one is left alone: others wait for it, or do without
 
 
 class Keeper:
@@ -38,9 +41,9 @@ class Keeper:
         self._on_restart = on_restart
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def keep(self, name: str, start: Start) -> None:
+    async def keep(self, name: str, start: Start, *, may_stop: bool = False) -> None:
         """Starts a child; returns once it is up. Raises what `start` raises the first time; later it is tried again."""
-        child = self.children[name] = Child(name, start, await start())
+        child = self.children[name] = Child(name, start, await start(), may_stop=may_stop)
         self._tasks.append(asyncio.create_task(self._keep_alive(child), name=f"keep {name}"))
 
     async def release(self) -> None:
@@ -58,7 +61,8 @@ class Keeper:
         pause_s = _PAUSE_S
         while True:
             started_s = time.monotonic()
-            await child.process.wait()
+            async with contextlib.nullcontext() if child.may_stop else killed_if_stopped(child.process.pid):
+                await child.process.wait()
             self._progress(f"{child.name} died; starting it again")
             child.restarts += 1
             pause_s = _PAUSE_S if time.monotonic() - started_s > _LONG_LIFE_S else min(2 * pause_s, _MAX_PAUSE_S)

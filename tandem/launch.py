@@ -1,6 +1,6 @@
 """Starting and ending the platform's processes: replicas, forked (`zygote_client.py`) or spawned, and the programs beside them.
 
-Every process is known by pid and ended by whoever started it; nothing outlives its supervisor.
+Every process is known by pid and ended by whoever started it. A replica alone outlives its supervisor's death, for a while (`custody.py`).
 """
 
 import asyncio
@@ -20,7 +20,10 @@ from typing import BinaryIO
 from tandem.config import ReplicaConfig
 from tandem.engine.environment import set_engine_environment
 from tandem.errors import ConfigError, Reason
+from tandem.hang import LOOK_S, HangJudge, is_stopped
+from tandem.lifeline import SupervisorEnd
 from tandem.membership import REGISTER_URL
+from tandem.node_folder import MEMBER_OF
 from tandem.parenthood import die_with_parent
 
 _STOP_S = 10.0
@@ -32,9 +35,9 @@ _TELLS_ERROR = re.compile(r"\b(\w*(Error|Exception)|ERROR|CRITICAL|FATAL)\b|Fata
 
 
 class ReplicaProcess:
-    """One running replica: its lifeline and its pid. `exited` resolves when it is gone, for whatever reason.
+    """One running replica: its lifeline and its pid. `exited` resolves when it is gone, or no longer this supervisor's (`is_lost`).
 
-    Make it before the replica can have written to its log.
+    Make it before the replica can have written to its log. A replica that hangs is killed.
     """
 
     def __init__(
@@ -46,17 +49,19 @@ class ReplicaProcess:
         self.config = config
         self.pid = 0
         self.address = ""
+        self.is_lost = False
         self._log_start_bytes = _size_bytes(config.log_path)
-        self._reader = reader
-        self._lifeline = lifeline
+        self._line = SupervisorEnd(reader, lifeline)
         self._child: asyncio.subprocess.Process | None = None  # the zygote reaps the others
+        self._hang = ""  # what it did, where it was killed for it
+        self._tending: asyncio.Task[None] | None = None
         self.exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def wait_ready(self) -> None:
         """Reads reports until the replica serves. Raises ConfigError with the replica's own words where it fails."""
         try:
             async with asyncio.timeout(_REPLICA_START_S):
-                while line := (await self._reader.readline()).decode().strip():
+                while not self.address and (line := (await self._line.read_line()).strip()):
                     word, _, rest = line.partition(" ")
                     if word == "exit":
                         break
@@ -64,16 +69,23 @@ class ReplicaProcess:
                         raise ConfigError(rest.removeprefix("failed "), reason=Reason.START_FAILED)
                     if rest.startswith("ready"):
                         self.address = dict(part.split("=") for part in rest.split()[1:])["address"]
-                        return
+                        self._line.listen()
         except TimeoutError as error:
             raise ConfigError(self.told(f"did not start in {_REPLICA_START_S:.0f} s"), reason=Reason.START_FAILED) from error
-        raise ConfigError(self.told("ended while starting"), reason=Reason.START_FAILED)
+        if not self.address:
+            raise ConfigError(self.told("ended while starting"), reason=Reason.START_FAILED)
 
     def told(self, event: str) -> str:
         """A sentence about this replica with the last words of this life's log, which may be gone when it is read, and where that is."""
         words = last_words(Path(self.config.log_path), self._log_start_bytes) if self.config.log_path else ""
         where = f"; its log is {self.config.log_path}" if self.config.log_path else ""
-        return f"replica {self.config.replica_id} {event}{f': {words}' if words else ''}{where}"
+        return f"replica {self.config.replica_id} {self._hang or event}{f': {words}' if words else ''}{where}"
+
+    def adopt(self, pid: int, address: str) -> None:
+        """Takes over a replica that serves already."""
+        self.address = address
+        self._line.listen()
+        self.watch(pid)
 
     def watch(self, pid: int, child: asyncio.subprocess.Process | None = None) -> None:
         """Takes `pid` for the replica's; `exited` follows it from now on. `child` is its process where it is this process's own child."""
@@ -92,35 +104,52 @@ class ReplicaProcess:
             self._note_exit()
 
         loop.add_reader(descriptor, ended)
+        self._tending = asyncio.create_task(self._tend(), name=f"tend {self.config.replica_id}")
+
+    async def _tend(self) -> None:
+        """A look a second: kills the replica where it hangs, gives it up where another supervisor has taken it over."""
+        judge = HangJudge(silent_looks=max(1, round(self.config.silence_s / LOOK_S)))
+        while not self._hang:
+            await asyncio.sleep(LOOK_S)
+            if self._line.is_taken:
+                self.is_lost = True
+                self._note_exit()
+                return
+            self._hang = judge.judge(is_stopped=is_stopped(self.pid), is_silent=not self._line.ping())
+        self._kill()
+
+    def _kill(self) -> None:
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            self._note_exit()
 
     def _note_exit(self) -> None:
+        if self._tending is not None:
+            self._tending.cancel()
         if not self.exited.done():
             self.exited.set_result(None)
 
     async def stop(self) -> None:
-        """Ends the replica: lifeline first, SIGKILL where that is not enough. Also closes the lifeline of a dead one; again is no harm."""
-        if not self._lifeline.is_closing():
-            with contextlib.suppress(OSError):
-                self._lifeline.write_eof()
-        if self.pid:
-            try:
-                async with asyncio.timeout(_STOP_S):
-                    await asyncio.shield(self.exited)
-            except TimeoutError:
+        """Ends the replica at once: by a word, by SIGKILL where that is not enough. Again, of a dead one, of a lost one is no harm."""
+        if not self.is_lost:
+            self._line.say_stop()
+            if self.pid:
                 try:
-                    os.kill(self.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    self._note_exit()
-                await self.exited
-        if self._child is not None:
-            await self._child.wait()
-        self._lifeline.close()
+                    async with asyncio.timeout(_STOP_S):
+                        await asyncio.shield(self.exited)
+                except TimeoutError:
+                    self._kill()
+                    await self.exited
+            if self._child is not None and not self.is_lost:
+                await self._child.wait()
+        self._line.close()
 
 
 async def spawn_replica(config: ReplicaConfig) -> ReplicaProcess:
     """Starts a replica in a fresh interpreter (CUDA, or no zygote); it must import everything first. Raises ConfigError."""
     ours, theirs = socket.socketpair()
-    environment = {**os.environ, REGISTER_URL: config.redis_url}
+    environment = {**os.environ, REGISTER_URL: config.redis_url, MEMBER_OF: config.cluster or os.environ.get(MEMBER_OF, "")}
     set_engine_environment(environment)
     with theirs:
         replica = ReplicaProcess(config, *await asyncio.open_connection(sock=ours))

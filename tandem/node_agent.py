@@ -18,11 +18,13 @@ import ray
 from tandem.cluster_config import ClusterConfig, cluster_config_from_json
 from tandem.engine.environment import has_cuda
 from tandem.fingerprint import code_fingerprint
+from tandem.hang import killed_if_stopped
 from tandem.launch import remove_folder
 from tandem.membership import REGISTER_URL
 from tandem.network import advertised_host, is_loopback
-from tandem.node_folder import NodeFacts, NodeFolder
+from tandem.node_folder import MEMBER_OF, NodeFacts, NodeFolder
 from tandem.polling import poll_until
+from tandem.replica_actor import REPORT_S
 from tandem.tether import GRACE_S, hold
 from tandem.zygote_client import zygote_command, zygote_environment
 
@@ -41,6 +43,7 @@ class Daemon:
     """A process that is not this one's child, known by the file its pid is in."""
 
     name: str
+    cluster: str
     command: list[str]
     pid_file: Path
     log: Path
@@ -65,7 +68,7 @@ class Daemon:
             *self.command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            env={**zygote_environment(), **self.environment, "TANDEM_LOG": str(self.log)},
+            env={**zygote_environment(), **self.environment, MEMBER_OF: self.cluster, "TANDEM_LOG": str(self.log)},
             start_new_session=True,
         )
         assert process.stdout is not None
@@ -126,8 +129,8 @@ class NodeAgent:
                 folder.parent.rmdir()
 
     async def wait(self) -> None:
-        """Never returns: the caller learns of this actor's death by the call's failure."""
-        await asyncio.Event().wait()
+        """Returns after a while: a sign of this actor's life. The caller learns of its death by the call's failure."""
+        await asyncio.sleep(REPORT_S)
 
     async def _start(self) -> None:
         """May be called again where it failed: what runs stays."""
@@ -160,7 +163,8 @@ class NodeAgent:
 
     def _zygote(self) -> Daemon:
         command = zygote_command(self._folder.zygote_socket, self._folder.tether, grace_s=GRACE_S)
-        return Daemon(name="zygote", command=command, pid_file=self._folder.path / "zygote.pid", log=self._folder.log("zygote"))
+        pid_file, log = self._folder.path / "zygote.pid", self._folder.log("zygote")
+        return Daemon(name="zygote", cluster=self._config.cluster, command=command, pid_file=pid_file, log=log)
 
     def _store(self, store_dir: Path, address_file: Path) -> Daemon:
         command = [
@@ -177,6 +181,7 @@ class NodeAgent:
         ]
         return Daemon(
             name="store",
+            cluster=self._config.cluster,
             command=command,
             pid_file=self._folder.path / "store.pid",
             log=self._folder.log("store"),
@@ -214,7 +219,8 @@ async def _keep_alive(daemon: Daemon) -> None:
         try:
             pid = daemon.try_pid() or await daemon.start()
             logger.info("daemon_runs name=%s pid=%d", daemon.name, pid)
-            await _ended(pid)
+            async with killed_if_stopped(pid):
+                await _ended(pid)
         except OSError as error:
             logger.warning("daemon_not_started name=%s error=%s", daemon.name, error)
         logger.warning("daemon_ended name=%s", daemon.name)

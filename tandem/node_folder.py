@@ -11,6 +11,8 @@ from pathlib import Path
 from tandem.endpoint import endpoint_folder
 
 SHM = Path("/dev/shm")
+# Set for what `tandem up` starts and for what outlives Ray's actors, inherited by all of it, and by nothing else. Clean-up looks for it.
+MEMBER_OF = "TANDEM_MEMBER_OF"
 LOCAL_NODE = "local"  # the only node of a Ray that is the cluster's own: its daemons outlive a restart of Ray
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tandem.hang import LOOK_S, HangJudge, is_stopped
 from tandem.network import is_loopback
 
 OBJECT_STORE_BYTES = 100_000_000  # nothing of ours goes through it, and it shares /dev/shm with the KV blocks
@@ -76,13 +77,16 @@ def main() -> None:
 
 
 def watch(pids: Sequence[int]) -> None:
-    """Until SIGTERM, the end of stdin or the death of one of Ray's processes; then kills them all."""
+    """Until SIGTERM, the end of stdin, or the death or stop of one of Ray's processes; then kills them all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     poll = select.poll()
     for descriptor in (sys.stdin.fileno(), *map(os.pidfd_open, pids)):
         poll.register(descriptor, select.POLLIN)
+    judges = {pid: HangJudge(silent_looks=1) for pid in pids}
     with contextlib.suppress(KeyboardInterrupt):
-        poll.poll()
+        while not poll.poll(1000 * LOOK_S):
+            if any(judge.judge(is_stopped=is_stopped(pid), is_silent=False) for pid, judge in judges.items()):
+                break
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

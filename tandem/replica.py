@@ -1,6 +1,7 @@
 """One replica: an engine and the Worker service, for prefill and decode alike. The role only says what routers send.
 
-The engine is built first, on the main thread; then the event loop and gRPC start. `run` returns when the replica is told to stop.
+The engine is built first, on the main thread; then the event loop and gRPC start. `run` returns when the replica has come to its end
+(`ending.py`); where its engine hangs, the process ends at once.
 """
 
 import asyncio
@@ -24,14 +25,16 @@ from prefill_workers.service import PrefillService
 from tandem.channel_pool import ChannelPool
 from tandem.config import ReplicaConfig
 from tandem.convert import lease_to_pb, load_to_pb
+from tandem.custody import Custody, claim
 from tandem.domain import Lease, ModelId, Namespace, ReplicaId, Role, WorkerLoad
+from tandem.ending import Ending
 from tandem.engine.base import Engine
 from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import resolve_model
+from tandem.engine_watch import EngineJudge, WatchedEngine, until_hung
 from tandem.errors import ConfigError
 from tandem.faults import Faults
 from tandem.heap import trim_heap
-from tandem.lifeline import stop_at_end
 from tandem.membership import Member, MemberKind, Register
 from tandem.registrar import Registrar
 from tandem.rpc import ServerCall, service, start_server
@@ -48,6 +51,7 @@ _WATCH_IDLE_S = 1.0
 _MAX_SOCKET_PATH = 107  # bytes: sun_path
 _ENGINE_SOCKET_CHARS = 37  # a slash and a UUID
 _LEASE_POLL_S = 3600.0  # the lease tells when it changes
+_EXIT_HUNG = 71
 _STAMP_KINDS = {
     StampKind.ACCEPTED: worker_pb2.RequestStamp.KIND_ACCEPTED,
     StampKind.FINISHED: worker_pb2.RequestStamp.KIND_FINISHED,
@@ -113,12 +117,14 @@ class WorkerService:
 
 
 def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
-    """Builds the engine, serves until SIGTERM or SIGINT, and ends everything it started.
+    """Builds the engine, serves until it is told to end, and ends everything it started.
 
-    Writes one line to stdout (or `lifeline_fd`) once it serves: `replica ready id=... address=...`. The end of the lifeline is the
-    supervisor's death and stops the replica too. Raises ConfigError.
+    SIGINT ends it at once, SIGTERM once nothing runs. Writes one line to stdout (or `lifeline_fd`) once it serves:
+    `replica ready id=... address=...`. The end of the lifeline is the supervisor's death: it serves on for a while. Raises ConfigError.
     """
     faults = Faults.parse(config.engine.faults)
+    if lifeline_fd is not None and config.runtime_dir:
+        claim(config)
     engine, namespace = _build_engine(config)
     try:
         uvloop.run(_serve(config, engine, namespace, faults, lifeline_fd))
@@ -126,7 +132,7 @@ def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
         engine.close()
 
 
-def _build_engine(config: ReplicaConfig) -> tuple[Engine, Namespace]:
+def _build_engine(config: ReplicaConfig) -> tuple[WatchedEngine, Namespace]:
     require_vllm()
     from tandem.engine.vllm_engine import VllmEngine, namespace_parts
 
@@ -140,14 +146,13 @@ def _build_engine(config: ReplicaConfig) -> tuple[Engine, Namespace]:
     return VllmEngine(config.engine, link), namespace
 
 
-async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, faults: Faults, lifeline_fd: int | None) -> None:
-    stop = asyncio.Event()
+async def _serve(config: ReplicaConfig, engine: WatchedEngine, namespace: Namespace, faults: Faults, lifeline_fd: int | None) -> None:
+    ending = Ending()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if lifeline_fd is not None:
-        stop_at_end(lifeline_fd, stop)
+    loop.add_signal_handler(signal.SIGTERM, ending.drain)
+    loop.add_signal_handler(signal.SIGINT, ending.stop)
     engine.start()
+    watching = asyncio.create_task(_end_where_hung(config, engine), name="watch the engine")
     trim_heap()
     channels = ChannelPool()
     lease = Lease(
@@ -180,39 +185,58 @@ async def _serve(config: ReplicaConfig, engine: Engine, namespace: Namespace, fa
     metrics_server, _ = start_http_server(config.metrics_port, addr=config.host)
     state.set_addresses(server.address, f"{config.host}:{metrics_server.server_port}")
     _report(f"replica ready id={config.replica_id} role={config.role} address={state.lease.address}", lifeline_fd)
-    registration = asyncio.create_task(_stay_registered(config, state, stop), name="registration")
+    custody = Custody(config, ending, lambda: _introduction(config, state, ending))
+    if lifeline_fd is not None:
+        await custody.open(lifeline_fd)
+    registration = asyncio.create_task(_stay_registered(config, state, ending), name="registration")
 
     def registration_ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:  # a replica without a lease would go on, unseen
             logger.error("registration_died replica_id=%s error=%r", config.replica_id, error, exc_info=error)
-            stop.set()
+            ending.stop()
 
     registration.add_done_callback(registration_ended)
     try:
-        await stop.wait()
-        registration.cancel()
+        await ending.ordered()
         state.end()
         await server.set_serving(False)
+        await ending.drained(state, config.drain_s)
+        registration.cancel()
     finally:
+        watching.cancel()
         await asyncio.gather(registration, server.stop(), return_exceptions=True)
         await channels.close()
         metrics_server.shutdown()
+        custody.close()
 
 
-async def _stay_registered(config: ReplicaConfig, state: WorkerState, stop: asyncio.Event) -> None:
+async def _end_where_hung(config: ReplicaConfig, engine: WatchedEngine) -> None:
+    """Nothing could be ended in order where the engine takes part no more; its process goes with this one."""
+    why = await until_hung(engine, EngineJudge(config.step_timeout_s, os.sysconf("SC_CLK_TCK")))
+    logger.error("engine_hung replica_id=%s the engine %s", config.replica_id, why)
+    os._exit(_EXIT_HUNG)
+
+
+def _introduction(config: ReplicaConfig, state: WorkerState, ending: Ending) -> str:
+    """What the replica's next supervisor is told."""
+    own = f"id={config.replica_id} pid={os.getpid()} address={state.lease.address} incarnation={config.incarnation}"
+    return f"replica adopted {own} fingerprint={config.fingerprint()} is_ending={int(state.is_ending or ending.is_draining)}"
+
+
+async def _stay_registered(config: ReplicaConfig, state: WorkerState, ending: Ending) -> None:
     """Holds the replica's lease in the register, where there is one. A newer incarnation of the same replica stops this one."""
     if not config.redis_url:
         return
     from tandem.redis_register import RedisRegister
 
     register: Register = RedisRegister(config.redis_url, config.cluster)
-    registrar = Registrar(register, _member(state.lease), stop.set)
+    registrar = Registrar(register, _member(state.lease), ending.stop)
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(registrar.run(), name="registrar")
             lease = state.lease
             with state.watch("") as watcher:
-                while not stop.is_set():
+                while not ending.stopped.is_set():
                     await watcher.changed(_LEASE_POLL_S)
                     if state.lease is not lease:
                         lease = state.lease

@@ -8,6 +8,7 @@ import logging
 import sys
 from dataclasses import replace
 
+from tandem.adoption import try_adopt
 from tandem.config import PREFETCH_WAIT_S, ReplicaConfig, replica_config_from_json
 from tandem.engine.environment import has_cuda
 from tandem.errors import ConfigError
@@ -17,6 +18,7 @@ from tandem.polling import poll_until
 from tandem.supervisor import ReplicaSupervisor, SupervisorReport
 from tandem.zygote_client import ZygoteClient
 
+REPORT_S = 10.0
 _FACTS_WAIT_S = 60.0
 _POLL_S = 0.05
 
@@ -38,20 +40,25 @@ class ReplicaActor:
         await asyncio.shield(self._started)
 
     async def report(self, version: int) -> dict[str, object]:
-        """The replica's report once it is newer than `version`."""
+        """The replica's report once it is newer than `version`; the same after REPORT_S: a sign of the actor's life."""
         supervisor = await poll_until(lambda: self._supervisor, _POLL_S)
-        report: SupervisorReport = await supervisor.changed(version)
+        report: SupervisorReport
+        try:
+            async with asyncio.timeout(REPORT_S):
+                report = await supervisor.changed(version)
+        except TimeoutError:
+            report = supervisor.report
         return report.to_dict()
 
     async def stop(self) -> None:
-        """Ends the replica; the actor is of no use afterwards."""
+        """Ends the replica at once; the actor is of no use afterwards. Without this it outlives the actor for a while."""
         if self._supervisor is not None:
             await self._supervisor.stop()
 
     async def _start(self) -> None:
         config = _complete(self._config, self._folder, await _facts(self._folder))
         start = spawn_replica if has_cuda() else ZygoteClient(self._folder.zygote_socket).start_replica
-        self._supervisor = ReplicaSupervisor(config, start)
+        self._supervisor = ReplicaSupervisor(config, start, adopt=try_adopt)
         self._supervisor.begin()
 
 

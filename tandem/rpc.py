@@ -53,7 +53,12 @@ _COMMON_OPTIONS = (
 )
 _CHANNEL_OPTIONS = (*_COMMON_OPTIONS, ("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000))
 # Where an open call is all that can tell that its other end hangs.
-_CLIENT_OPTIONS = (*_COMMON_OPTIONS, ("grpc.keepalive_time_ms", 1_500), ("grpc.keepalive_timeout_ms", 2_000))
+_CLIENT_OPTIONS = (
+    *_COMMON_OPTIONS,
+    ("grpc.keepalive_time_ms", 1_500),
+    ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),  # of pings that measure the link: while one is open, none is sent to keep it alive
+)
 
 
 class ServerCall:

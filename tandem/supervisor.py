@@ -1,4 +1,6 @@
-"""Keeps one replica process alive: starts it, starts it again when it dies, gives up after a few deaths a minute.
+"""Keeps one replica process alive: takes over the one that a predecessor left, or starts it; starts it again when it dies or hangs.
+
+Gives up after a few deaths a minute, and where another supervisor has taken its replica over.
 
 Knows neither Ray nor routers; a Ray actor or a test owns it and stops it.
 """
@@ -20,6 +22,12 @@ MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
 
 Start = Callable[[ReplicaConfig], Awaitable[ReplicaProcess]]
+Adopt = Callable[[ReplicaConfig], Awaitable[ReplicaProcess | None]]
+
+
+async def adopt_nothing(config: ReplicaConfig) -> ReplicaProcess | None:
+    """For replicas that had no supervisor before."""
+    return None
 
 
 class SupervisedState(StrEnum):
@@ -50,12 +58,22 @@ class SupervisorReport:
 
 
 class ReplicaSupervisor:
-    """One replica. `start` is how a process comes up: `ZygoteClient.start_replica` or `spawn_replica`."""
+    """One replica. `start` is how a process comes up: `ZygoteClient.start_replica` or `spawn_replica`; `adopt`, `try_adopt`."""
 
-    def __init__(self, config: ReplicaConfig, start: Start, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: ReplicaConfig,
+        start: Start,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        adopt: Adopt = adopt_nothing,
+        max_restarts: int = MAX_RESTARTS,
+    ) -> None:
         self._config = config
         self._start = start
+        self._adopt = adopt
         self._clock = clock
+        self._max_restarts = max_restarts
         self._task: asyncio.Task[None] | None = None
         self._process: ReplicaProcess | None = None
         self._changed = asyncio.Condition()
@@ -106,8 +124,10 @@ class ReplicaSupervisor:
         deaths_s: list[float] = []
         config = self._config
         while True:
-            config = replace(config, incarnation=time.time_ns())
             error = await self._run(config)
+            if self._process is not None and self._process.is_lost:
+                await self._tell(state=SupervisedState.FAILED, pid=0, address="", incarnation=0, error=error)
+                return
             port = self._config.port
             if self._process is not None:
                 await self._process.stop()
@@ -118,24 +138,29 @@ class ReplicaSupervisor:
             deaths_s = [death_s for death_s in deaths_s if now_s - death_s < RESTART_WINDOW_S] + [now_s]
             logger.warning("replica_died replica_id=%s deaths=%d error=%s", config.replica_id, len(deaths_s), error)
             ended = {"pid": 0, "address": "", "incarnation": 0, "error": error}
-            if len(deaths_s) > MAX_RESTARTS or self.report.version == 0:  # what never came up will not the second time
+            if len(deaths_s) > self._max_restarts or self.report.version == 0:  # what never came up will not the second time
                 await self._tell(state=SupervisedState.FAILED, **ended)
                 return
             await self._tell(state=SupervisedState.STARTING, restarts=self.report.restarts + 1, **ended)
 
     async def _run(self, config: ReplicaConfig) -> str:
-        """One life of the replica; why it ended."""
+        """One life of the replica, the first of them perhaps begun under another supervisor; why it ended."""
         try:
-            process = self._process = await self._start(config)
+            process = await self._adopt(config) if self._process is None else None
+            if process is None:
+                process = await self._start(replace(config, incarnation=time.time_ns()))
+            self._process = process
             await process.wait_ready()
         except (ConfigError, OSError) as failure:
             return str(failure)
         except Exception as failure:  # a bug must not leave a replica that nobody looks after
             logger.exception("replica_start_failed replica_id=%s", config.replica_id)
             return f"replica {config.replica_id} could not be started: {failure!r}"
-        await self._tell(state=SupervisedState.RUNNING, pid=process.pid, address=process.address, incarnation=config.incarnation, error="")
+        await self._tell(
+            state=SupervisedState.RUNNING, pid=process.pid, address=process.address, incarnation=process.config.incarnation, error=""
+        )
         await asyncio.shield(process.exited)
-        return process.told("died")
+        return process.told("has another supervisor" if process.is_lost else "died")
 
     async def _tell(self, **changes: object) -> None:
         async with self._changed:

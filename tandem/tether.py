@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 2.0
-GRACE_S = 20.0  # reconcile replaces a node agent in about 2 s
+GRACE_S = 60.0  # reconcile replaces a node agent in about 2 s; with a new Ray head it comes in 12 to 30
 
 
 class Tether:

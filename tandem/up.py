@@ -146,10 +146,10 @@ class Platform:
             await self._take_register()
         else:
             self._redis_url = f"unix://{self.folder / 'redis.sock'}"
-            await self._keeper.keep("redis", lambda: self._start_redis("redis"))
+            await self._keeper.keep("redis", lambda: self._start_redis("redis"), may_stop=True)
         if self._kv_redis_bytes:
             self.config = replace(self.config, kv_redis_url=f"unix://{self.folder / _KV_REDIS}.sock", kv_redis_bytes=0)
-            await self._keeper.keep(_KV_REDIS, lambda: self._start_redis(_KV_REDIS))
+            await self._keeper.keep(_KV_REDIS, lambda: self._start_redis(_KV_REDIS), may_stop=True)
         for number in range(self.config.routers):
             await self._keeper.keep(f"router-{number}", lambda number=number: self._start_router(number))  # type: ignore[misc]
 

@@ -3,7 +3,7 @@
 Single-threaded for as long as it lives: no event loop, no gRPC, no torch operation before a fork. It dies without taking replicas along.
 
 A supervisor connects to the Unix socket once per replica and sends one line of JSON (`ReplicaConfig`). The connection is the replica's
-lifeline: closing it stops the replica. Lines come back: `pid N`, `replica ready ...` or `replica failed ...`, at last `exit STATUS`.
+lifeline (`lifeline.py`). Lines come back: `pid N`, `replica ready ...` or `replica failed ...`, at last `exit STATUS`.
 `unable WHY` says that it can fork no more: it ends then, and whoever keeps it starts another.
 
 It listens once it has imported everything, so a connection that succeeds says that it is ready. It ends when nobody holds its tether.

@@ -14,6 +14,7 @@ from tandem.config import ReplicaConfig
 from tandem.engine.environment import set_engine_environment
 from tandem.errors import ConfigError, Reason
 from tandem.launch import ReplicaProcess, spawn_replica
+from tandem.lifeline import STOP
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class ZygoteClient:
                 replica.watch(int(line.removeprefix("pid ")))
                 return replica
         except BaseException:
+            lifeline.write(STOP)  # it may have been forked
             lifeline.close()
             raise
         lifeline.close()

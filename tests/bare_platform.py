@@ -18,7 +18,7 @@ from tandem.engine.environment import has_cuda, require_vllm
 from tandem.engine.model_files import BUNDLED_MODEL, resolve_model, served_name
 from tandem.errors import ConfigError
 from tandem.launch import ReplicaProcess, last_words, remove_folder, spawn_replica, start_program, stop_process
-from tandem.supervisor import ReplicaSupervisor
+from tandem.supervisor import MAX_RESTARTS, ReplicaSupervisor
 from tandem.tether import hold
 from tandem.zygote_client import ZygoteClient, zygote_command, zygote_environment
 
@@ -37,6 +37,7 @@ class BareOptions:
     store_capacity_bytes: int = 1024 * MIB
     faults: str = ""
     routers: int = 1
+    max_restarts: int = MAX_RESTARTS
 
 
 class BarePlatform:
@@ -96,7 +97,7 @@ class BarePlatform:
             log_path=str(self.runtime_dir / f"{name}.log"),
         )
         start = spawn_replica if self.zygote is None else ZygoteClient(self._zygote_socket, wait_s=1.0).start_replica
-        supervisor = self.supervisors[name] = ReplicaSupervisor(config, start)
+        supervisor = self.supervisors[name] = ReplicaSupervisor(config, start, max_restarts=self.options.max_restarts)
         supervisor.begin()
         return await supervisor.wait_running()
 

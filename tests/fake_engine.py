@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 
 from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling, TokenLogprob
 from tandem.engine.base import EngineLoad, EngineOutput, EngineRequest, KvLoaded, KvTotals
+from tandem.engine_watch import EnginePulse
 from tandem.errors import TandemError
 
 EOS = 0
@@ -90,6 +91,7 @@ class FakeEngine:
         self.publish_error: TandemError | None = None
         self.abort_reason: FinishReason | None = None
         self.breaks_off_after: int | None = None
+        self.steps = 0
         self._kept: dict[str, EngineRequest] = {}
         self._generating: set[str] = set()
 
@@ -97,6 +99,10 @@ class FakeEngine:
     def is_idle(self) -> bool:
         """Whether nothing is kept of any run."""
         return not self._kept and not self._generating
+
+    @property
+    def pulse(self) -> EnginePulse:
+        return EnginePulse(pids=(), is_busy=bool(self._generating), steps=self.steps)
 
     def start(self) -> None:
         """Nothing to attach."""
@@ -114,6 +120,7 @@ class FakeEngine:
             finish_reason: FinishReason | None = None
             while finish_reason is None and (self.breaks_off_after is None or len(tokens) < self.breaks_off_after):
                 await self.gate.wait()
+                self.steps += 1
                 new, finish_reason, stop_reason = ((), self.abort_reason, None) if self.abort_reason else self._step(request, tokens)
                 tokens += new
                 for choice_index in range(request.sampling.n):

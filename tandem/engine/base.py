@@ -12,12 +12,16 @@ from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """One run: `token_ids` are all tokens so far, prompt and output alike; `sampling` is what is left to do."""
+    """One run: `token_ids` are all tokens so far, prompt and output alike; `sampling` is what is left to do.
+
+    The last `resumed_tokens` of them are output of another worker or an earlier run.
+    """
 
     run_id: str
     token_ids: tuple[int, ...]
     sampling: Sampling
     max_new_tokens: int
+    resumed_tokens: int = 0
     cache_salt: str = ""
     priority: int = 0
     load_kv: bool = True

@@ -20,18 +20,21 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.model_executor.models import ModelRegistry
 from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from tandem.config import EngineConfig
-from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling, StructuredKind, StructuredOutput, TokenLogprob
+from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling, TokenLogprob
 from tandem.engine.base import EngineLoad, EngineOutput, EngineRequest, KvLink, KvLoaded, KvTotals
 from tandem.engine.model_files import digest_model, resolve_model
 from tandem.engine.output_text import VllmOutputText
-from tandem.errors import ConfigError, EngineError, InvalidRequestError, Reason
+from tandem.engine.seam_sampler import install_sampler
+from tandem.engine.seam_scheduler import install_scheduler
+from tandem.engine.vllm_params import check_resumed, last_line, to_sampling_params
+from tandem.engine_watch import EnginePulse
+from tandem.errors import ConfigError, EngineError, InvalidRequestError, Reason, TandemError
 
 _SHUTDOWN_S = 5.0
 
@@ -97,12 +100,14 @@ class VllmEngine:
         )
         try:
             vllm_config = arguments.create_engine_config()
+            install_sampler(vllm_config)
+            install_scheduler(vllm_config)
             if is_cpu:
                 # create_engine_config sets "spawn" on CPU; a fork of this process, which has imported all, is ready in half a second.
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
             self._llm = AsyncLLM.from_vllm_config(vllm_config, stat_loggers=[lambda *_: self._stats])
         except (ValueError, RuntimeError, OSError) as error:
-            raise ConfigError(f"vLLM cannot serve {config.model}: {_last_line(error)}", reason=Reason.START_FAILED) from error
+            raise ConfigError(f"vLLM cannot serve {config.model}: {last_line(error)}", reason=Reason.START_FAILED) from error
         self._processes = multiprocessing.active_children()
         cache = vllm_config.cache_config
         model = vllm_config.model_config
@@ -123,6 +128,12 @@ class VllmEngine:
         )
         self._tokenizer = self._llm.get_tokenizer()
 
+    @property
+    def pulse(self) -> EnginePulse:
+        """Its processes, whether requests run, and the steps so far."""
+        pids = tuple(process.pid for process in self._processes if process.pid is not None)
+        return EnginePulse(pids=pids, is_busy=self._llm.get_num_unfinished_requests() > 0, steps=self._stats.steps)
+
     def start(self) -> None:
         """Attaches to the running event loop, and ends this process at once when the engine's process dies."""
         if self._link is not None:
@@ -135,25 +146,30 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Runs a request; closing the iterator aborts it."""
-        params = _to_sampling_params(request)
+        check_resumed(request, self._tokenizer.eos_token_id if self._tokenizer is not None else None)
+        kv_params = None
         if self._link is not None:
             kv_params = self._link.run_params(
                 request.run_id, load=request.load_kv, publish=request.publish_kv, counts_use=request.counts_use
             )
-            params.extra_args = {"kv_transfer_params": kv_params}
+        params = to_sampling_params(request, kv_params)
         prompt = tokens_input(list(request.token_ids), cache_salt=request.cache_salt or None)
         run = self._llm.generate(prompt, params, request.run_id, priority=request.priority)
+        has_tokens = False
         try:
             async with contextlib.aclosing(run) as outputs:
                 async for output in outputs:
                     for choice in output.outputs:
+                        if choice.finish_reason == "error":
+                            raise _given_up(request, has_tokens=has_tokens)
+                        has_tokens = has_tokens or bool(choice.token_ids)
                         yield _to_output(choice, output.num_cached_tokens or 0, request.sampling.logprobs)
         except EngineDeadError as error:
             raise EngineError("the engine died") from error
         except EngineGenerateError as error:
             raise EngineError(f"the engine failed this request: {error.__cause__ or error}") from error
         except (VLLMClientError, ValueError) as error:
-            raise InvalidRequestError("request", f"refused by the engine: {_last_line(error)}") from error
+            raise InvalidRequestError("request", f"refused by the engine: {last_line(error)}") from error
 
     def forget(self, run_id: str) -> None:
         """Drops what is kept of a run for `published` and `take_loaded`."""
@@ -215,6 +231,7 @@ class _LatestStats(StatLoggerBase):
 
     def __init__(self) -> None:
         self.load = EngineLoad(running_requests=0, waiting_requests=0, kv_used_fraction=0.0)
+        self.steps = 0
 
     def record(
         self,
@@ -223,6 +240,7 @@ class _LatestStats(StatLoggerBase):
         mm_cache_stats: MultiModalCacheStats | None = None,
         engine_idx: int = 0,
     ) -> None:
+        self.steps += 1
         if scheduler_stats is not None:
             self.load = EngineLoad(
                 running_requests=scheduler_stats.num_running_reqs,
@@ -234,55 +252,19 @@ class _LatestStats(StatLoggerBase):
         pass
 
 
-def _to_sampling_params(request: EngineRequest) -> SamplingParams:
-    sampling = request.sampling
-    try:
-        return SamplingParams(
-            n=sampling.n,
-            max_tokens=request.max_new_tokens,
-            min_tokens=min(sampling.min_tokens, request.max_new_tokens),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=sampling.ignore_eos,
-            logprobs=sampling.logprobs,
-            logit_bias=dict(sampling.logit_bias) or None,
-            structured_outputs=_to_structured(sampling.structured_output),
-            detokenize=False,  # text and stop strings are the decode worker's, across the seam
-            output_kind=RequestOutputKind.DELTA,
-        )
-    except ValueError as error:
-        raise InvalidRequestError("sampling", _last_line(error)) from error
-
-
-def _to_structured(structured: StructuredOutput | None) -> StructuredOutputsParams | None:
-    if structured is None:
-        return None
-    match structured.kind:
-        case StructuredKind.JSON_SCHEMA:
-            return StructuredOutputsParams(json=structured.value[0])
-        case StructuredKind.REGEX:
-            return StructuredOutputsParams(regex=structured.value[0])
-        case StructuredKind.GRAMMAR:
-            return StructuredOutputsParams(grammar=structured.value[0])
-        case StructuredKind.CHOICE:
-            return StructuredOutputsParams(choice=list(structured.value))
-        case StructuredKind.JSON_OBJECT:
-            return StructuredOutputsParams(json_object=True)
+def _given_up(request: EngineRequest, *, has_tokens: bool) -> TandemError:
+    """Why a run ended with an error: before its first token a structured output is at fault, and no other engine would take it."""
+    if request.sampling.structured_output is None or has_tokens:
+        return EngineError("the engine gave this request up")
+    if request.resumed_tokens:
+        return InvalidRequestError("resume_token_ids", "do not fit the structured output")
+    return InvalidRequestError("sampling.structured_output", "could not be compiled")
 
 
 def _to_output(choice: CompletionOutput, cached_tokens: int, top: int | None) -> EngineOutput:
     logprobs = tuple(
         _to_logprobs(token_id, candidates, top or 0) for token_id, candidates in zip(choice.token_ids, choice.logprobs or (), strict=False)
     )
-    if choice.finish_reason == "error":
-        raise EngineError("the engine gave this request up")
     return EngineOutput(
         choice_index=choice.index,
         token_ids=tuple(choice.token_ids),
@@ -300,8 +282,3 @@ def _to_logprobs(token_id: int, candidates: dict[int, Any], top: int) -> Logprob
     ranked.sort(key=lambda entry: entry.rank)
     sampled = next(entry for entry in ranked if entry.token_id == token_id)
     return Logprobs(sampled=sampled, top=tuple(entry for entry in ranked if entry.rank <= top))
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

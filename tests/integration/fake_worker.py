@@ -84,13 +84,14 @@ class FakeWorker:
             position += position == faults.skip_at
             count = min(faults.coalesced_tokens, limit - position)
             is_last = position + count == limit and not faults.is_end_lost
-            for choice in range(request.sampling.n):
+            seed = request.sampling.seed or 0  # a router asks for each choice by itself, with its seed
+            for choice in range(seed, seed + request.sampling.n):
                 chunk = Chunk(
                     first_position=position,
                     token_ids=tuple(expected_token(request, position + index, choice) for index in range(count)),
                     finish_reason=FinishReason.LENGTH if is_last else None,
                     usage=Usage(prompt_tokens=request.total_tokens, output_tokens=limit, cached_tokens=0) if is_last else None,
-                    choice_index=choice,
+                    choice_index=choice - seed,
                 )
                 await call.write(convert.chunk_to_pb(chunk))
             position += count

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -16,6 +18,7 @@ from tandem.demo import DirectCaller, Prompts
 from tandem.domain import Receipt, ReplicaState, Role, Sampling
 from tests.arena_blocks import ArenaBlocks
 from tests.bare_platform import BareOptions, BarePlatform
+from tests.seam_cases import JSON_SCHEMA, no_blanks
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -57,11 +60,18 @@ class Stage:
         self.plain = DirectCaller(platform.replicas["plain"])
 
     async def run(
-        self, token_ids: list[int], *, at: int = 0, act: Callable[[], Awaitable[None]] | None = None, max_tokens: int = OUTPUT_TOKENS
+        self,
+        token_ids: list[int],
+        *,
+        at: int = 0,
+        act: Callable[[], Awaitable[None]] | None = None,
+        max_tokens: int = OUTPUT_TOKENS,
+        ignore_eos: bool = True,
+        **options: Any,
     ) -> Stream:
         """One request; `act` at its token number `at`."""
         seen = Stream()
-        async with self.client.stream(token_ids, max_tokens=max_tokens, temperature=0.0, ignore_eos=True) as stream:
+        async with self.client.stream(token_ids, max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos, **options) as stream:
             async for chunk in stream:
                 before = len(seen.token_ids)
                 seen.token_ids += chunk.token_ids
@@ -72,8 +82,10 @@ class Stage:
             seen.receipt = stream.receipt
         return seen
 
-    async def expected(self, token_ids: list[int], max_tokens: int = OUTPUT_TOKENS) -> list[int]:
-        sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    async def expected(
+        self, token_ids: list[int], max_tokens: int = OUTPUT_TOKENS, *, ignore_eos: bool = True, **options: Any
+    ) -> list[int]:
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos, **options)
         return list((await self.plain.complete(token_ids, sampling)).token_ids)
 
     async def busy_decode(self) -> str:
@@ -109,7 +121,7 @@ class Stage:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stage() -> AsyncIterator[Stage]:
-    platform = BarePlatform(BareOptions(prefill=0, decode=2, routers=0))
+    platform = BarePlatform(BareOptions(prefill=0, decode=2, routers=0, max_restarts=100))
     try:
         await platform.start()
         for name in ("prefill-0", "prefill-1"):
@@ -137,6 +149,21 @@ async def test_a_killed_decode_worker_costs_two_blocks_at_most(stage: Stage, at:
     assert seen.receipt is not None
     assert (seen.receipt.attempts, seen.receipt.one_worker_reason) == (2, "continuation")
     assert seen.receipt.decode_recomputed_tokens <= 2 * BLOCK_TOKENS
+    await stage.settle()
+
+
+async def test_json_by_schema_goes_on_in_the_middle_of_its_object(stage: Stage) -> None:
+    token_ids = stage.prompts.next(300)
+    options: Any = {"structured_output": JSON_SCHEMA, "logit_bias": no_blanks()}
+
+    async def kill() -> None:
+        stage.kill(await stage.busy_decode())
+
+    seen = await stage.run(token_ids, at=9, act=kill, ignore_eos=False, **options)
+    assert seen.receipt is not None
+    assert seen.receipt.attempts == 2
+    assert set(json.loads(seen.text)) == {"name", "count", "is_new"}
+    assert seen.token_ids == await stage.expected(token_ids, ignore_eos=False, **options)
     await stage.settle()
 
 
@@ -202,7 +229,7 @@ async def test_a_killed_prefill_worker_costs_the_chunks_that_were_not_published(
 
 async def test_32_streams_of_a_drained_worker_go_on_elsewhere(stage: Stage) -> None:
     prompts = [stage.prompts.next(64) for _ in range(32)]
-    expected = await asyncio.gather(*(stage.expected(token_ids, 120) for token_ids in prompts))
+    expected = await asyncio.gather(*(stage.expected(token_ids, 2 * OUTPUT_TOKENS) for token_ids in prompts))
     await stage.settle()
     stage.kill("decode-1")  # so that all of them begin on the other one
     begun, running = asyncio.Event(), 0
@@ -213,15 +240,17 @@ async def test_32_streams_of_a_drained_worker_go_on_elsewhere(stage: Stage) -> N
         if running == len(prompts):
             begun.set()
 
-    async with asyncio.TaskGroup() as group:
-        streams = [group.create_task(stage.run(token_ids, at=10, act=note, max_tokens=120)) for token_ids in prompts]
-        await begun.wait()
-        await eventually(lambda: stage.is_ready("decode-1"))
-        on_it = await stage.running_on("decode-0")
-        await stage.client.drain("decode-0")
+    try:
+        async with asyncio.TaskGroup() as group:
+            streams = [group.create_task(stage.run(token_ids, at=10, act=note, max_tokens=2 * OUTPUT_TOKENS)) for token_ids in prompts]
+            await begun.wait()
+            await eventually(lambda: stage.is_ready("decode-1"))
+            on_it = await stage.running_on("decode-0")
+            await stage.client.drain("decode-0")
+    finally:
+        stage.kill("decode-0")  # its next life takes work again
     assert on_it == len(prompts)
     seen = [stream.result() for stream in streams]
     assert [one.token_ids for one in seen] == list(expected)
     assert {one.receipt.decode_replica_id for one in seen if one.receipt is not None} == {"decode-1"}
-    stage.kill("decode-0")  # its next life takes work again
     await stage.settle()

@@ -1,4 +1,4 @@
-"""Processes killed with real signals: streams go on with the same tokens, nothing is orphaned."""
+"""Processes killed and stopped with real signals: streams go on with the same tokens, nothing is orphaned."""
 
 import asyncio
 import os
@@ -51,22 +51,27 @@ async def wait_serving(platform: BarePlatform, name: str, old_pid: int) -> None:
     raise AssertionError("the router does not see the replica again")
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", ["front", "core"])
-async def test_a_decode_worker_killed_mid_stream_costs_a_pause_and_no_token(platform: BarePlatform, victim: str) -> None:
+async def test_a_decode_worker_lost_mid_stream_costs_a_pause_and_no_token(
+    platform: BarePlatform, victim: str, number: signal.Signals
+) -> None:
     prompts, plain = Prompts(), DirectCaller(platform.replicas["plain"])
     token_ids = prompts.next(600)
     expected = await plain.run(token_ids, 200)
     replica = platform.replicas["decode-0"]
     core = psutil.Process(replica.pid).children()[0].pid
     received: list[int] = []
+    is_lost = False
     async with (
         tandem.AsyncClient(platform.router_address, timeout_s=60.0) as client,
         client.stream(token_ids, max_tokens=200, temperature=0.0) as stream,
     ):
         async for chunk in stream:
             received += chunk.token_ids
-            if len(received) == 40:
-                os.kill(replica.pid if victim == "front" else core, signal.SIGKILL)
+            if not is_lost and len(received) >= 40:
+                is_lost = True
+                os.kill(replica.pid if victim == "front" else core, number)
         receipt = stream.receipt
     assert received == expected.token_ids
     assert receipt is not None

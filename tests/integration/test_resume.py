@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tandem import AsyncClient, Client
+from tandem.chaos.proxy import Proxy
 from tandem.domain import Chunk, FinishReason, Receipt
 from tandem.errors import TandemError, UnavailableError
 from tests.integration.fake_inference import FakeInference, serve
@@ -108,6 +109,24 @@ async def test_a_router_that_hangs_is_given_up(kind: str) -> None:
         async with serve(fake) as two:
             seen = await read(kind, f"127.0.0.1:{silent.getsockname()[1]},{two.address}")
     assert seen.token_ids == TOKENS
+
+
+async def test_a_connection_that_brings_nothing_and_does_not_end_is_given_up() -> None:
+    """As a network does that drops everything: the client's kernel never learns of it."""
+    first, second = FakeInference(holds_at=4), FakeInference()
+    async with AsyncExitStack() as stack:
+        one, two = [await stack.enter_async_context(serve(fake)) for fake in (first, second)]
+        proxy = Proxy(one.address)
+        await proxy.start()
+        stack.push_async_callback(proxy.close)
+
+        async def cut_off() -> None:
+            proxy.black_hole()
+
+        reading = asyncio.create_task(read("async", f"{proxy.address},{two.address}"))
+        await lose(first, cut_off)
+        assert (await reading).token_ids == TOKENS
+    assert tuple(second.requests[0].resume_token_ids) == TOKENS[:4]
 
 
 @KINDS

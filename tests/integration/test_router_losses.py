@@ -35,17 +35,23 @@ async def test_a_stream_goes_on_on_another_worker_without_a_repeated_token() -> 
         await router.becomes_idle()
 
 
-async def test_a_worker_that_fails_before_its_first_token_is_replaced() -> None:
-    async with serve_workers(decode_0=Faults(error_at=0), decode_1=Faults()) as workers, serve_router(workers) as router:
-        output = await router.generate(message(sampling=common_pb2.Sampling(max_tokens=8, n=2)))
+@pytest.mark.parametrize("error_at", [0, 3])
+async def test_each_of_several_choices_goes_on_elsewhere_from_its_own_tokens(error_at: int) -> None:
+    async with serve_workers(decode_0=Faults(error_at=error_at), decode_1=Faults()) as workers, serve_router(workers) as router:
+        output = await router.generate(message(sampling=common_pb2.Sampling(max_tokens=8, n=2, seed=0)))
         assert output.tokens == {0: expected(sample_request()), 1: expected(sample_request(), choice=1)}
+        resumed = {request.sampling.seed: list(request.resume_token_ids) for request in workers["decode_1"].requests}
+        assert resumed[0] == expected(sample_request())[:error_at]
+        assert output.receipt is not None
+        assert (output.receipt.attempts, output.receipt.output_tokens) == (2, 16)
+        await router.becomes_idle()
 
 
-async def test_several_choices_are_not_continued_elsewhere() -> None:
-    async with serve_workers(decode_0=Faults(error_at=3), decode_1=Faults()) as workers, serve_router(workers) as router:
-        error = await refused(router, message(sampling=common_pb2.Sampling(max_tokens=8, n=2)))
-        assert error.reason is Reason.ENGINE_FAILED
-        assert workers["decode_1"].requests == []
+async def test_the_failure_of_one_choice_ends_all() -> None:
+    async with serve_workers(decode_0=Faults(skip_at=3), decode_1=Faults(skip_at=3)) as workers, serve_router(workers) as router:
+        error = await refused(router, message(sampling=common_pb2.Sampling(max_tokens=8, n=3, seed=0)))
+        assert error.reason is Reason.PROTOCOL
+        await router.becomes_idle()
 
 
 async def test_a_killed_worker_is_replaced_mid_stream() -> None:

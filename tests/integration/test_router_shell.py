@@ -61,10 +61,12 @@ async def test_workers_bytes_are_passed_on_unchanged() -> None:
 
 async def test_several_choices_come_through_side_by_side() -> None:
     async with serve_workers(prefill_0=Faults(), decode_0=Faults()) as workers, serve_router(workers) as router:
-        output = await router.generate(message(sampling=common_pb2.Sampling(max_tokens=8, n=2)))
+        output = await router.generate(message(sampling=common_pb2.Sampling(max_tokens=8, n=2, seed=0)))
         assert output.tokens == {0: expected(sample_request()), 1: expected(sample_request(), choice=1)}
+        assert output.usage is not None
+        assert output.usage.output_tokens == 16
         assert output.receipt is not None
-        assert output.receipt.one_worker_reason == "n"
+        assert (output.receipt.request_id, output.receipt.output_tokens) == (workers["decode_0"].requests[0].request_id[:-2], 16)
 
 
 async def test_a_missing_receipt_is_filled_by_what_the_router_knows() -> None:

@@ -1,5 +1,6 @@
 """What crosses the seam between two workers is what one plain engine gives: stops, EOS, limits, logprobs, usage, text."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import tandem
 from tandem.demo import DirectCaller
 from tandem.domain import FinishReason
 from tests.integration.conftest import Cluster
+from tests.seam_cases import EXACT, JSON_SCHEMA, no_blanks
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -102,30 +104,28 @@ async def test_logprobs_are_one_engines_on_both_sides(cluster: Cluster) -> None:
         assert math.isclose(one.sampled.logprob, other.sampled.logprob, abs_tol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("reason", "options"),
-    [
-        ("penalties", {"presence_penalty": 1.0}),
-        ("penalties", {"repetition_penalty": 1.3}),
-        ("seed", {"seed": 11, "temperature": 0.9}),
-        ("n", {"n": 3, "seed": 5, "temperature": 0.8}),
-    ],
-)
-async def test_what_is_not_exact_across_the_seam_runs_on_one_worker(cluster: Cluster, reason: str, options: dict[str, object]) -> None:
-    ours, plain = await both(cluster, cluster.prompts.next(200), max_tokens=12, **options)
+@pytest.mark.parametrize("name", EXACT)
+async def test_what_counts_or_constrains_output_is_exact_across_the_hand_off(cluster: Cluster, name: str) -> None:
+    ours, plain = await both(cluster, cluster.prompts.next(200), max_tokens=40, **EXACT[name])
+    same(ours, plain)
+    assert ours.receipt is not None
+    assert ours.receipt.handed_off
+    assert (ours.receipt.one_worker_reason, ours.receipt.not_exact) == ("", ())
+
+
+async def test_json_by_schema_is_handed_off_and_parses(cluster: Cluster) -> None:
+    ours, plain = await both(cluster, cluster.prompts.next(200), max_tokens=200, structured_output=JSON_SCHEMA, logit_bias=no_blanks())
+    same(ours, plain)
+    assert set(json.loads(ours.text)) == {"name", "count", "is_new"}
+    assert ours.receipt is not None
+    assert ours.receipt.handed_off
+
+
+async def test_seeded_choices_are_those_of_one_engine(cluster: Cluster) -> None:
+    ours, plain = await both(cluster, cluster.prompts.next(200), max_tokens=12, n=3, seed=5, temperature=2.0)
+    assert len({choice.token_ids for choice in ours.choices}) > 1
     assert [choice.token_ids for choice in ours.choices] == [choice.token_ids for choice in plain.choices]
     assert [choice.text for choice in ours.choices] == [choice.text for choice in plain.choices]
-    assert ours.receipt is not None
-    assert not ours.receipt.handed_off
-    assert ours.receipt.one_worker_reason == reason
-
-
-async def test_structured_output_runs_on_one_worker(cluster: Cluster) -> None:
-    choices = tandem.StructuredOutput(kind=tandem.StructuredKind.CHOICE, value=("positive", "negative"))
-    ours = await cluster.client.generate(cluster.prompts.next(200), max_tokens=12, temperature=0.0, structured_output=choices)
-    assert ours.text in ("positive", "negative")
-    assert ours.receipt is not None
-    assert ours.receipt.one_worker_reason == "structured_output"
 
 
 async def test_sampling_without_a_seed_is_handed_off_and_varies(cluster: Cluster) -> None:

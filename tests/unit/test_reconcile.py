@@ -30,6 +30,7 @@ class FakePool:
         self._replicas = {ReplicaId(name): self._made(ReplicaId(name), POOL) for name in names}
         self.refuses_after: int | None = None
         self.refused = 0
+        self.orphans: set[ReplicaId] = set()
 
     @property
     def replicas(self) -> Mapping[ReplicaId, PoolReplica]:
@@ -120,6 +121,13 @@ async def test_what_is_missing_is_started_under_the_lowest_free_numbers() -> Non
         await made.converge(3, seen("m-decode-1"))
         assert made.pool.names == ["m-decode-0", "m-decode-1", "m-decode-2"]
         assert made.failed == []
+
+
+async def test_replicas_that_lost_their_supervisor_are_asked_for_before_new_ones() -> None:
+    async with bench("m-decode-1") as made:
+        made.pool.orphans = {ReplicaId("m-decode-1"), ReplicaId("m-decode-4"), ReplicaId("m-prefill-3"), ReplicaId("other-decode-0")}
+        await made.converge(3, seen("m-decode-1"))
+        assert made.pool.names == ["m-decode-0", "m-decode-1", "m-decode-4"]
 
 
 async def test_where_all_is_as_wanted_nothing_happens() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tandem.config import EngineConfig, ReplicaConfig
 from tandem.errors import ConfigError
 from tandem.launch import ReplicaProcess
-from tandem.supervisor import MAX_RESTARTS, ReplicaSupervisor, SupervisedState, SupervisorReport
+from tandem.supervisor import MAX_RESTARTS, Adopt, ReplicaSupervisor, SupervisedState, SupervisorReport, adopt_nothing
 
 CONFIG = ReplicaConfig(replica_id="r-0", role="decode", incarnation=1, served_model="m", engine=EngineConfig())
 
@@ -19,11 +20,13 @@ class FakeProcess:
     """Serves at its configured port (0: port 7) until it is killed."""
 
     def __init__(self, config: ReplicaConfig, *, error: str = "", stop_error: Exception | None = None) -> None:
+        self.config = config
         self.pid = 5
         self.address = ""
         self.port = config.port
         self.exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.is_stopped = False
+        self.is_lost = False
         self._error = error
         self._stop_error = stop_error
 
@@ -43,6 +46,11 @@ class FakeProcess:
     def die(self) -> None:
         self.exited.set_result(None)
 
+    def be_taken(self) -> None:
+        """By another supervisor."""
+        self.is_lost = True
+        self.exited.set_result(None)
+
 
 class Starter:
     """Gives the lives that a test prepares, then plain ones."""
@@ -58,8 +66,8 @@ class Starter:
 
 
 @asynccontextmanager
-async def supervised(starter: Starter) -> AsyncIterator[ReplicaSupervisor]:
-    supervisor = ReplicaSupervisor(CONFIG, starter, clock=lambda: 0.0)
+async def supervised(starter: Starter, adopt: Adopt = adopt_nothing) -> AsyncIterator[ReplicaSupervisor]:
+    supervisor = ReplicaSupervisor(CONFIG, starter, clock=lambda: 0.0, adopt=adopt)
     supervisor.begin()
     yield supervisor
     await supervisor.stop()
@@ -128,3 +136,43 @@ async def test_a_replica_that_cannot_be_cleared_away_is_told_as_failed(error: Ex
     assert (failed.pid, failed.address) == (0, "")
     assert repr(error) in failed.error
     assert "supervision_failed replica_id=r-0" in caplog.text
+
+
+async def test_a_replica_that_a_predecessor_left_is_taken_over_once_and_restarted_like_any_other() -> None:
+    left: list[FakeProcess] = []
+
+    async def adopt(config: ReplicaConfig) -> ReplicaProcess:
+        left.append(FakeProcess(replace(config, incarnation=77, port=9)))
+        return cast(ReplicaProcess, left[-1])
+
+    starter = Starter()
+    async with supervised(starter, adopt) as supervisor:
+        first = await until(supervisor, SupervisedState.RUNNING)
+        assert (first.incarnation, first.address, first.restarts) == (77, "h:9", 0)
+        assert not starter.started
+        left[0].die()
+        second = await until(supervisor, SupervisedState.RUNNING, first.version)
+        assert second.incarnation > 77
+    assert len(left) == 1
+    assert [process.port for process in starter.started] == [9]
+
+
+async def test_a_replica_that_belongs_to_another_supervisor_is_neither_started_nor_tried_again() -> None:
+    async def adopt(config: ReplicaConfig) -> ReplicaProcess:
+        raise ConfigError("replica r-0 has another supervisor")
+
+    starter = Starter()
+    async with supervised(starter, adopt) as supervisor:
+        assert (await until(supervisor, SupervisedState.FAILED)).error == "replica r-0 has another supervisor"
+    assert not starter.started
+
+
+async def test_a_replica_that_another_supervisor_takes_is_given_up() -> None:
+    starter = Starter()
+    async with supervised(starter) as supervisor:
+        first = await until(supervisor, SupervisedState.RUNNING)
+        starter.started[0].be_taken()
+        told = await until(supervisor, SupervisedState.FAILED, first.version)
+        assert "has another supervisor" in told.error
+        assert not starter.started[0].is_stopped
+    assert len(starter.started) == 1

@@ -1,0 +1,81 @@
+"""What a run needs before it is scheduled to go on from another run's output: its grammar where that one's was, its sampler told.
+
+Done where the scheduler takes a request in: once per request whatever is preempted later, and with or without a KV connector.
+"""
+
+from concurrent.futures import Future
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+from tandem.engine.takeover import resumed_tokens, take_over
+
+
+class SeamScheduler(Scheduler):
+    """vLLM's scheduler with prepared requests."""
+
+    def add_request(self, request: Request) -> None:
+        """Takes a request in."""
+        prepare(request, owns_draws=not self.vllm_config.use_v2_model_runner)
+        super().add_request(request)
+
+
+class SeamAsyncScheduler(AsyncScheduler):
+    """The same for engines that schedule ahead of their tokens."""
+
+    def add_request(self, request: Request) -> None:
+        """Takes a request in."""
+        prepare(request, owns_draws=not self.vllm_config.use_v2_model_runner)
+        super().add_request(request)
+
+
+def install_scheduler(config: VllmConfig) -> None:
+    """Has the engine use ours in place of the one it would take."""
+    config.scheduler_config.scheduler_cls = SeamAsyncScheduler if config.scheduler_config.async_scheduling else SeamScheduler
+
+
+def prepare(request: Request, *, owns_draws: bool) -> None:
+    """Changes a new request so that it continues exactly. Under the V2 model runner a draw follows from seed and position anyway."""
+    replay_resumed(request)
+    if request.sampling_params is not None:
+        request.sampling_params = take_over(request.sampling_params, owns_draws=owns_draws)
+
+
+def replay_resumed(request: Request) -> None:
+    """Puts a grammar that has taken the resumed tokens in the place of the one that vLLM's threads compile.
+
+    The scheduler holds the request until that is there, and fails it where a token does not fit.
+    """
+    structured, resumed = request.structured_output_request, resumed_tokens(request.sampling_params)
+    if structured is None or not resumed:
+        return
+    tokens = list(request.prompt_token_ids or ())[-resumed:]
+    compiled = structured._grammar  # its property hides what is still being compiled
+    if isinstance(compiled, Future):
+        replayed: Future[StructuredOutputGrammar] = Future()
+        compiled.add_done_callback(lambda done: _replay_into(replayed, done, request.request_id, tokens))
+        structured.grammar = replayed
+    elif compiled is not None and not isinstance(compiled, Exception):
+        _replay(compiled, request.request_id, tokens)
+
+
+def _replay_into(
+    replayed: "Future[StructuredOutputGrammar]", compiled: "Future[StructuredOutputGrammar]", request_id: str, tokens: list[int]
+) -> None:
+    try:
+        grammar = compiled.result()
+        _replay(grammar, request_id, tokens)
+    except Exception as error:  # the scheduler fails this request with it, as it does where a grammar does not compile
+        replayed.set_exception(error)
+    else:
+        replayed.set_result(grammar)
+
+
+def _replay(grammar: StructuredOutputGrammar, request_id: str, tokens: list[int]) -> None:
+    """One by one, as the engine itself would have: what comes after the grammar's end is free. Raises ValueError where one does not fit."""
+    for position, token in enumerate(tokens):
+        if not grammar.accept_tokens(request_id, [token]):
+            raise ValueError(f"resumed token {position} does not fit the structured output")
