@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from heapq import merge
 from math import inf, isclose
 
-from tandem.domain import ModelId, RequestId
+from tandem.domain import MAX_CHOICES, ModelId, RequestId
 from tandem.errors import DeadlineError, OverloadedError
 
 Rank = tuple[int, int, RequestId]  # priority (lower first), arrival number, id
@@ -81,12 +81,16 @@ class Admission:
         now_s: float,
         work_s: float,
         retry_after_s: float,
+        is_begun: bool = False,
     ) -> None:
-        """Admits a request. Raises DeadlineError where its time is over, OverloadedError where the model's line is full."""
+        """Admits a request. Raises DeadlineError where its time is over, OverloadedError where the model's line is full.
+
+        One that `is_begun` is a further part of one that was admitted: no full line refuses it.
+        """
         if deadline_s is not None and deadline_s <= now_s:
             raise DeadlineError("admission")
         queued, _ = self.queued_for(model)
-        if queued >= self.max_queued_requests:
+        if queued >= self.max_queued_requests and not is_begun:
             raise OverloadedError(
                 f"{queued} requests wait for model {model!r} already, the limit is max_queued_requests={self.max_queued_requests}",
                 retry_after_s=retry_after_s,
@@ -155,7 +159,7 @@ class Admission:
             assert line.ranks == sorted(ticket.rank for ticket in own.values()), "a line is out of order"
             assert line.since == sorted((ticket.waits_since_s, request_id) for request_id, ticket in own.items()), "times are wrong"
             assert isclose(line.work_s, sum(ticket.work_s for ticket in own.values()), abs_tol=1e-6), "the work is not the sum"
-            assert len(own) <= self.max_queued_requests + self.max_running_requests, "more wait than may"
+            assert len(own) <= MAX_CHOICES * (self.max_queued_requests + self.max_running_requests), "more wait than may"
         assert self.running_requests <= self.max_running_requests, "more are dispatched than may be"
 
 

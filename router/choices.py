@@ -54,7 +54,7 @@ class Choices:
                 first.add_done_callback(lambda _: self._has_begun.set())
                 await self._has_begun.wait()
                 others = [
-                    group.create_task(relay.run(block_hashes, deadline), name=f"choice {index}")
+                    group.create_task(relay.run(block_hashes, deadline, is_begun=True), name=f"choice {index}")
                     for index, relay in enumerate(self._relays[1:], start=1)
                 ]
                 receipts = await asyncio.gather(first, *others)

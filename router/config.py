@@ -29,7 +29,7 @@ class RouterConfig:
     default_output_tokens: int = 128  # what a request is expected to produce where it does not say
     tick_s: float = 0.05  # how late a queued request's deadline may be noticed
     watch_silence_s: float = 2.5  # twelve reports at 5 Hz missed, two of an idle replica: it hangs
-    stream_silence_s: float = 20.0  # between two messages of a stream that has begun: beyond any step, and a worker that lives says so
+    stream_silence_s: float = 330.0  # between two messages of a stream: beyond what a replica gives its own engine while that computes
     rebalance_gap_fraction: float = 0.25  # of KV room, between the fullest decode replica and the emptiest; 1: nothing is moved for it
     rebalance_after_s: float = 2.0  # for so long it must have been so, and as long after each move
     reconnect_max_s: float = 0.25  # a replica is back in a second; one that is gone leaves the register, and is tried no more

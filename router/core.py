@@ -90,8 +90,13 @@ class RouterCore:
 
     # Events of requests.
 
-    def submit(self, request: Request, *, block_hashes: Sequence[BlockHash], deadline_s: float | None, now_s: float) -> list[Instruction]:
-        """A new request. Raises InvalidRequestError where its id is in use, for then the id names another request."""
+    def submit(
+        self, request: Request, *, block_hashes: Sequence[BlockHash], deadline_s: float | None, now_s: float, is_begun: bool = False
+    ) -> list[Instruction]:
+        """A new request, or (`is_begun`) a further part of one whose output has begun, which no full queue refuses.
+
+        Raises InvalidRequestError where its id is in use, for then the id names another request.
+        """
         request_id = request.request_id
         if request_id in self._requests:
             raise InvalidRequestError("request_id", f"a request {request_id!r} is being served")
@@ -105,6 +110,7 @@ class RouterCore:
                 now_s=now_s,
                 work_s=self._prefill_s(request.model, request.total_tokens),
                 retry_after_s=self.retry_after_s(request.model),
+                is_begun=is_begun,
             )
         except TandemError as error:
             return [Reject(request_id=request_id, error=error)]
@@ -157,13 +163,15 @@ class RouterCore:
         if found is None:
             return []
         tracked, placement = found
-        if tracked.is_moving:
-            tracked.moves += 1
+        tracked.moves += tracked.is_moving
         final = tracked.final_error(error, retry_budget=self._config.retry_budget, now_s=now_s)
         if final is not None:
             return [self._refuse(tracked, final, now_s), *self._pump(now_s)]
         self._release(tracked, now_s)
-        tracked.avoid.add(_holder(placement.decode))
+        if tracked.is_moving:
+            tracked.moved_from = _holder(placement.decode)
+        else:
+            tracked.avoid.add(_holder(placement.decode))
         tracked.hold_until_s = now_s + self._config.retry_hold_s
         self._admission.wait_again(request_id, now_s=now_s, work_s=self._prefill_s(tracked.request.model, tracked.total_tokens))
         return self._pump(now_s)
@@ -270,7 +278,7 @@ class RouterCore:
         tracked.attempt += 1
         tracked.placement = placement
         tracked.has_first_token = False
-        tracked.is_moving = False
+        tracked.is_moving, tracked.moved_from = False, None
         tracked.dispatched_s = now_s
         for lease in placement.prefill[:1]:
             self._ledger.book(lease.replica_id, tracked.key, prefill_tokens=placement.uncached_tokens, kv_tokens=tracked.total_tokens)

@@ -75,7 +75,8 @@ def make_plan(tracked: Tracked, placement: Placement, config: RouterConfig, *, p
 
 
 def _fresh(tracked: Tracked, leases: Sequence[Lease]) -> list[Lease]:
-    return [lease for lease in leases if (lease.replica_id, lease.incarnation) not in tracked.avoid]
+    holders = ((lease, (lease.replica_id, lease.incarnation)) for lease in leases)
+    return [lease for lease, holder in holders if holder not in tracked.avoid and holder != tracked.moved_from]
 
 
 def _planned(lease: Lease) -> PlannedWorker:

@@ -51,9 +51,12 @@ class Relay:
         self._first_token: tuple[float, int] | None = None  # when, and by which attempt
         self._last_token_s: float | None = None
 
-    async def run(self, block_hashes: Sequence[BlockHash], deadline: Deadline) -> Receipt:
-        """Streams the request's tokens to the call; answers the receipt. Raises the TandemError it ends with."""
-        ticket = self._shell.submit(self._request, block_hashes, deadline)
+    async def run(self, block_hashes: Sequence[BlockHash], deadline: Deadline, *, is_begun: bool = False) -> Receipt:
+        """Streams the request's tokens to the call; answers the receipt. Raises the TandemError it ends with.
+
+        `is_begun`: output of the call it belongs to has been sent.
+        """
+        ticket = self._shell.submit(self._request, block_hashes, deadline, is_begun=is_begun)
         try:
             while True:
                 dispatch = await ticket.next_dispatch()

@@ -25,6 +25,7 @@ from tandem.telemetry import RouterMetrics
 logger = logging.getLogger(__name__)
 
 _TURNED_AWAY_S = 5.0  # several observations of the autoscaler
+_OWN_STALL_S = 1.0
 _IDLE_TICK_S = 0.25  # nothing waits for the tick then but gauges; a deadline that begins meanwhile is noticed this much later
 
 
@@ -131,11 +132,11 @@ class RouterShell:
             )
         return demand
 
-    def submit(self, request: Request, block_hashes: Sequence[BlockHash], deadline: Deadline) -> Ticket:
+    def submit(self, request: Request, block_hashes: Sequence[BlockHash], deadline: Deadline, *, is_begun: bool = False) -> Ticket:
         """Hands the request to the core; close the ticket. Raises DeadlineError, InvalidRequestError for an id in use."""
         remaining_s, now_s = deadline.remaining_s("admission"), self.clock()
         deadline_s = None if remaining_s is None else now_s + remaining_s
-        instructions = self.core.submit(request, block_hashes=block_hashes, deadline_s=deadline_s, now_s=now_s)
+        instructions = self.core.submit(request, block_hashes=block_hashes, deadline_s=deadline_s, now_s=now_s, is_begun=is_begun)
         ticket = self._tickets[request.request_id] = Ticket(request.request_id)
         self._requests_total[request.model] += 1
         self._carry_out(instructions)
@@ -196,13 +197,15 @@ class RouterShell:
             pause_s = max(self.config.tick_s, _IDLE_TICK_S) if is_idle else self.config.tick_s
             due_s = loop.time() + pause_s
             await asyncio.sleep(pause_s)
-            self.metrics.loop_lag.observe(max(0.0, loop.time() - due_s))
+            lag_s = max(0.0, loop.time() - due_s)
+            self.metrics.loop_lag.observe(lag_s)
             try:
                 self._carry_out(self.core.tick(self.clock()))
             except Exception:
                 logger.exception("tick_failed")
                 self.metrics.task_failures.labels("tick").inc()
-            self._end_silent()
+            if lag_s < _OWN_STALL_S:  # else the messages of that time are still to be read
+                self._end_silent()
             self._refresh_gauges()
 
     def _end_silent(self) -> None:

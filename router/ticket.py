@@ -61,6 +61,10 @@ class Ticket:
         except CancelledRequestError as error:
             lost = UnavailableError("the worker cancelled the request", reason=Reason.WORKER_LOST)
             raise self._lost.get(self.attempt, lost) from error
+        except TandemError as error:
+            if error.reason is not Reason.CONNECTION_LOST:
+                raise
+            raise UnavailableError(error.message, reason=Reason.WORKER_LOST) from error
         finally:
             self._waits_since_s = None
         self._has_begun = True

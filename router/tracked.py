@@ -30,6 +30,7 @@ class Tracked:
     has_first_token: bool = False  # of this attempt
     is_moving: bool = False  # this attempt was told to end, so that the request goes on elsewhere
     moves: int = 0  # attempts that ended so
+    moved_from: Holder | None = None  # not there again at once
     placement: Placement | None = None
     dispatched_s: float = 0.0
     avoid: set[Holder] = field(default_factory=set)  # replicas that failed it

@@ -46,7 +46,7 @@ class _Link:
         """The lease as the core is to know it."""
         if self.lease is None or self.is_leased:
             return self.lease
-        return replace(self.lease, state=ReplicaState.DRAINING)
+        return replace(self.lease, state=ReplicaState.STARTING)
 
 
 class Workers:

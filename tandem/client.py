@@ -71,6 +71,8 @@ class AsyncTokenStream:
                     if pause_s is None:
                         break
                     await asyncio.sleep(pause_s)
+                    if self._is_closed:  # meanwhile, by another task
+                        raise
         except (TandemError, asyncio.CancelledError):
             self._cancel()
             raise

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     DEADLINE = "deadline"
     CLIENT_CANCELLED = "client_cancelled"
     WORKER_LOST = "worker_lost"
+    CONNECTION_LOST = "connection_lost"
     ENGINE_FAILED = "engine_failed"
     PROTOCOL = "protocol"
     CONFIG = "config"

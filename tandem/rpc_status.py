@@ -43,7 +43,7 @@ _CODE: Mapping[grpc.StatusCode, tuple[Code, Reason]] = {
     grpc.StatusCode.FAILED_PRECONDITION: (Code.FAILED_PRECONDITION, Reason.PROTOCOL),
     grpc.StatusCode.ALREADY_EXISTS: (Code.FAILED_PRECONDITION, Reason.PROTOCOL),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (Code.RESOURCE_EXHAUSTED, Reason.PROTOCOL),
-    grpc.StatusCode.UNAVAILABLE: (Code.UNAVAILABLE, Reason.WORKER_LOST),
+    grpc.StatusCode.UNAVAILABLE: (Code.UNAVAILABLE, Reason.CONNECTION_LOST),  # nobody said so: the connection broke, or was never made
     grpc.StatusCode.DEADLINE_EXCEEDED: (Code.DEADLINE_EXCEEDED, Reason.DEADLINE),
     grpc.StatusCode.CANCELLED: (Code.CANCELLED, Reason.CLIENT_CANCELLED),
     grpc.StatusCode.ABORTED: (Code.ABORTED, Reason.PROTOCOL),

@@ -36,10 +36,12 @@ def has_lost_worker(error: TandemError) -> bool:
 
 
 def has_lost_router(error: TandemError) -> bool:
-    """Whether it is the stream that failed and another router may go on; a router's own refusal holds for all of them."""
-    if error.code is Code.CANCELLED:  # not by the caller: a server that ends cancels its calls
-        return True
-    return error.code is Code.UNAVAILABLE and error.retryable and error.reason is not Reason.NO_REPLICA
+    """Whether the stream was lost with its router, so that another one may go on; what a router says itself holds for all of them.
+
+    A router that gives a request up has tried it on several workers: whoever asks again multiplies what a request can break.
+    """
+    # Cancelled, and not by the caller: a server that ends cancels its calls.
+    return error.code is Code.CANCELLED or error.reason is Reason.CONNECTION_LOST
 
 
 class StreamJoiner:

@@ -170,9 +170,10 @@ class Client:
 
     def close(self) -> None:
         """Cancels what still runs and frees the connection; the client is of no use after it."""
-        self.is_closed = True
-        for channel in self._channels.opened:
-            channel.close()
+        with self._lock:
+            self.is_closed = True
+            for channel in self._channels.opened:
+                channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -200,7 +201,7 @@ class Client:
         return TokenStream(request, self)
 
     def _open(self) -> grpc.Channel:
-        if self.is_closed:
-            raise ConfigError("the client is closed: make a new one")
         with self._lock:
+            if self.is_closed:
+                raise ConfigError("the client is closed: make a new one")
             return self._channels.current

@@ -102,7 +102,7 @@ class TestEnds:
         with pytest.raises(TandemError) as caught:
             await running
         assert answer.token_ids == [6]
-        assert (caught.value.retryable, caught.value.reason) == (True, Reason.WORKER_LOST)
+        assert (caught.value.retryable, caught.value.reason) == (True, Reason.CONNECTION_LOST)
 
     @pytest.mark.parametrize("incarnation", [INCARNATION - 1, INCARNATION + 1])
     async def test_work_for_another_incarnation_is_refused(self, cluster: FakeCluster, incarnation: int) -> None:

@@ -52,6 +52,13 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     assert admission.waiting([M]) == (A,)
 
 
+def test_a_further_part_of_a_request_that_has_begun_is_not_refused() -> None:
+    admission = _admission(max_queued=1)
+    _enqueue(admission, A)
+    admission.enqueue(B, model=M, priority=0, deadline_s=None, now_s=0.0, work_s=0.25, retry_after_s=1.5, is_begun=True)
+    assert admission.waiting([M]) == (A, B)
+
+
 def test_a_request_whose_time_is_over_is_refused() -> None:
     with pytest.raises(DeadlineError):
         _enqueue(_admission(), A, deadline_s=0.0)

@@ -180,3 +180,20 @@ class TestRebalance:
         core.replica_seen(make_lease("decode-1"), 0.0)
         core.tick(10.0)
         assert core.tick(20.0) == []
+
+
+def test_who_was_moved_may_come_back_later() -> None:
+    """Neither the replica it left nor the one it went to has failed it."""
+    core = make_core(replicas=("decode-0",))
+    request_id = begin(core, 1)
+    core.replica_seen(make_lease("decode-1"), 0.5)
+    drain(core)
+    (abandon,) = core.tick(1.1)
+    assert isinstance(abandon, Abandon)
+    assert decode_of(core, core.failed(request_id, 1, abandon.error, 1.1)) == "decode-1"
+    core.tokens(request_id, 2, 1, 1.2)
+    core.replica_seen(make_lease("decode-0"), 1.3)
+    drain(core, "decode-1")
+    (abandon,) = core.tick(1.4)
+    assert isinstance(abandon, Abandon)
+    assert decode_of(core, core.failed(request_id, 2, abandon.error, 1.4)) == "decode-0"

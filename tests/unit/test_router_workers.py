@@ -113,11 +113,11 @@ async def test_a_worker_whose_lease_ran_out_gets_no_new_work_and_keeps_its_strea
         await bench.says(A)
         bench.workers.follow([])
         await settle()
-        assert bench.states == {"a": ReplicaState.DRAINING}
+        assert bench.states == {"a": ReplicaState.STARTING}
         assert not bench.channels["a:1"].streams[-1].was_cancelled
         assert bench.called(A) is bench.channels["a:1"]
         await bench.says(A)
-        assert bench.states == {"a": ReplicaState.DRAINING}
+        assert bench.states == {"a": ReplicaState.STARTING}
 
 
 async def test_a_worker_whose_lease_comes_back_takes_work_again() -> None:

@@ -103,7 +103,7 @@ def test_the_stage_of_a_deadline_travels() -> None:
         (grpc.StatusCode.OUT_OF_RANGE, InvalidRequestError, Reason.BAD_FIELD),
         (grpc.StatusCode.UNIMPLEMENTED, NotBuiltError, Reason.NOT_BUILT),
         (grpc.StatusCode.INTERNAL, ProtocolError, Reason.PROTOCOL),
-        (grpc.StatusCode.UNAVAILABLE, UnavailableError, Reason.WORKER_LOST),
+        (grpc.StatusCode.UNAVAILABLE, UnavailableError, Reason.CONNECTION_LOST),
         (grpc.StatusCode.DATA_LOSS, TandemError, Reason.PROTOCOL),
         (grpc.StatusCode.UNAUTHENTICATED, TandemError, Reason.PROTOCOL),
     ],
@@ -147,7 +147,7 @@ def test_reasons_of_other_domains_and_later_versions_are_left_aside() -> None:
         status = status_pb2.Status(code=14)
         status.details.add().Pack(info)
         error = to_error(grpc.StatusCode.UNAVAILABLE, "x", {STATUS_DETAILS_KEY: status.SerializeToString()})
-        assert error.reason is Reason.WORKER_LOST
+        assert error.reason is Reason.CONNECTION_LOST
 
 
 def test_a_bad_request_without_violations_names_no_field() -> None:

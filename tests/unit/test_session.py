@@ -97,9 +97,7 @@ class TestLosses:
     @pytest.mark.parametrize(
         "error",
         [
-            UnavailableError("gone", reason=Reason.WORKER_LOST),
-            UnavailableError("going", reason=Reason.DRAINING),
-            EngineError("died"),
+            UnavailableError("gone", reason=Reason.CONNECTION_LOST),
             CancelledRequestError("the server ends"),
         ],
     )
@@ -111,6 +109,8 @@ class TestLosses:
         "error",
         [
             UnavailableError("none", reason=Reason.NO_REPLICA),
+            UnavailableError("tried on three workers", reason=Reason.WORKER_LOST),
+            EngineError("tried on three workers"),
             OverloadedError("full", retry_after_s=1.0),
             InvalidRequestError("prompt", "must not be empty"),
             DeadlineError("queue"),
@@ -123,25 +123,25 @@ class TestLosses:
         assert caught.value is error
 
     def test_the_pauses_grow_and_end_with_the_budget(self) -> None:
-        one, error = session(5, budget=6), EngineError("died")
+        one, error = session(5, budget=6), CancelledRequestError()
         pauses = [one.lost(error) for _ in range(6)]
         for pause_s, most_s in zip(pauses, (0.1, 0.2, 0.4, 0.8, 1.0, 1.0), strict=True):
             assert most_s / 2 <= pause_s <= most_s
         assert one.tries == 7
-        with pytest.raises(EngineError):
+        with pytest.raises(CancelledRequestError):
             one.lost(error)
 
     def test_where_nothing_came_it_gives_up_soon(self) -> None:
-        one, error = session(), EngineError("nobody there")
+        one, error = session(), CancelledRequestError()
         for _ in range(FIRST_RETRIES):
             one.lost(error)
-        with pytest.raises(EngineError):
+        with pytest.raises(CancelledRequestError):
             one.lost(error)
 
     def test_several_choices_are_not_continued(self) -> None:
-        session(num_choices=2).lost(EngineError("before the first token"))
-        with pytest.raises(EngineError):
-            session(5, num_choices=2).lost(EngineError("after it"))
+        session(num_choices=2).lost(CancelledRequestError())
+        with pytest.raises(CancelledRequestError):
+            session(5, num_choices=2).lost(CancelledRequestError())
 
     def test_a_worker_that_failed_is_another_thing_than_a_request_that_did(self) -> None:
         assert has_lost_worker(EngineError("died"))
