@@ -18,9 +18,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 COVERED_TESTS := $(wildcard tests/unit tests/property tests/sim)
 QUICK_TESTS := $(wildcard tests/contract tests/packaging)
 INTEGRATION_TESTS := $(wildcard tests/integration/test_*.py)
+# Those that start whole platforms, and wait for processes most of the time.
+PLATFORM_TESTS := $(addprefix tests/integration/test_,platform.py up.py nodes.py demo.py kv_tiers.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test covered quick lint unit integration prometheus proto wheel clean
+.PHONY: help setup demo test covered quick platforms parts lint unit integration prometheus proto wheel clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,15 +49,22 @@ demo: setup  ## start the whole platform on the bundled model, send prompts, che
 
 test: lint prometheus  ## what CI runs: lint, types, all tests, and full branch coverage of the pure files
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target covered quick
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target platforms parts
 	$(BIN)/python -m coverage report --include="$$(paste -sd, tests/pure_files.txt)" --fail-under=100 --show-missing --skip-covered
-	$(BIN)/python -m pytest $(INTEGRATION_TESTS)
 
-# These two compute and start little, so they run side by side.
+# Two by two side by side: these compute and start little ...
 covered: setup
 	$(BIN)/python -m pytest --cov --cov-report= $(COVERED_TESTS)
 
 quick: setup
-	$(BIN)/python -m pytest -o cache_dir=build/pytest_cache $(QUICK_TESTS)
+	$(BIN)/python -m pytest -o cache_dir=build/quick_cache $(QUICK_TESTS)
+
+# ... and these wait for processes.
+platforms: setup
+	$(BIN)/python -m pytest --durations=15 $(PLATFORM_TESTS)
+
+parts: setup
+	$(BIN)/python -m pytest -o cache_dir=build/parts_cache --durations=15 $(filter-out $(PLATFORM_TESTS),$(INTEGRATION_TESTS))
 
 lint: setup  ## formatting, lint rules and types
 	$(BIN)/python -m ruff format --check .

@@ -32,7 +32,6 @@ from tandem.engine.quiet_groups import quiet_process_groups
 from tandem.errors import ConfigError
 from tandem.faults import Faults
 from tandem.heap import trim_heap
-from tandem.parenthood import die_with_parent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -92,8 +91,6 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         self._batched_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._block_size_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         if role is KVConnectorRole.SCHEDULER:
-            # In the engine's process: without it an engine outlives its killed replica for ever.
-            die_with_parent()
             quiet_process_groups()
             trim_heap()
             self._planner = TransferPlanner(

@@ -23,6 +23,7 @@ from tandem.tether import hold
 from tandem.zygote_client import ZygoteClient, zygote_command, zygote_environment
 
 _TETHER_GRACE_S = 1.0
+_ZYGOTE_START_S = 120.0  # where its files come from the disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,7 @@ class BarePlatform:
                 env=zygote_environment(),
                 start_new_session=True,
             )
-        if not await ZygoteClient(self._zygote_socket).wait_ready():
+        if not await ZygoteClient(self._zygote_socket, wait_s=_ZYGOTE_START_S).wait_ready():
             raise ConfigError(f"the zygote did not start: {last_words(self.runtime_dir / 'zygote.log')}")
 
     async def start_router(self, name: str) -> None:

@@ -4,6 +4,7 @@ Done where the scheduler takes a request in: once per request whatever is preemp
 """
 
 from concurrent.futures import Future
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -12,10 +13,15 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from tandem.engine.takeover import resumed_tokens, take_over
+from tandem.parenthood import die_with_parent
 
 
 class SeamScheduler(Scheduler):
     """vLLM's scheduler with prepared requests."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        die_with_parent()  # in the engine's process: without it an engine outlives its killed replica for ever
+        super().__init__(*arguments, **options)
 
     def add_request(self, request: Request) -> None:
         """Takes a request in."""
@@ -25,6 +31,10 @@ class SeamScheduler(Scheduler):
 
 class SeamAsyncScheduler(AsyncScheduler):
     """The same for engines that schedule ahead of their tokens."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        die_with_parent()  # in the engine's process: without it an engine outlives its killed replica for ever
+        super().__init__(*arguments, **options)
 
     def add_request(self, request: Request) -> None:
         """Takes a request in."""

@@ -103,3 +103,13 @@ async def test_the_death_of_the_zygote_takes_no_replica_along(platform: BarePlat
         completion = await client.generate(Prompts().next(300), max_tokens=8, temperature=0.0)
     assert len(completion.token_ids) == 8
     assert all(psutil.pid_exists(replica.pid) for replica in platform.replicas.values())
+
+
+async def test_an_engine_without_kv_transfer_dies_with_its_replica_too(platform: BarePlatform) -> None:
+    replica = platform.replicas["plain"]
+    core = psutil.Process(replica.pid).children()[0]
+    os.kill(replica.pid, signal.SIGKILL)
+    assert await eventually(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 5.0)
+    assert await eventually(
+        lambda: platform.replicas["plain"].pid not in (0, replica.pid) and bool(platform.replicas["plain"].address), 30.0
+    )
