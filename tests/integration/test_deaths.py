@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"),
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def platform() -> AsyncIterator[BarePlatform]:
-    platform = BarePlatform(BareOptions())
+    platform = BarePlatform(BareOptions(max_restarts=100))
     try:
         await platform.start()
         await platform.add_replica(Role.DECODE, "plain", is_kv_transfer_on=False)
