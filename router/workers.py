@@ -43,7 +43,7 @@ class _Link:
 
     @property
     def routed_lease(self) -> Lease | None:
-        """The lease as the core is to know it."""
+        """The lease as the core is to know it. Without one in the register it is not DRAINING: what runs there is not moved."""
         if self.lease is None or self.is_leased:
             return self.lease
         return replace(self.lease, state=ReplicaState.STARTING)

@@ -29,17 +29,8 @@ class SeamScheduler(Scheduler):
         super().add_request(request)
 
 
-class SeamAsyncScheduler(AsyncScheduler):
+class SeamAsyncScheduler(SeamScheduler, AsyncScheduler):
     """The same for engines that schedule ahead of their tokens."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        die_with_parent()  # in the engine's process: without it an engine outlives its killed replica for ever
-        super().__init__(*arguments, **options)
-
-    def add_request(self, request: Request) -> None:
-        """Takes a request in."""
-        prepare(request, owns_draws=not self.vllm_config.use_v2_model_runner)
-        super().add_request(request)
 
 
 def install_scheduler(config: VllmConfig) -> None:
