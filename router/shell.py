@@ -20,6 +20,7 @@ from router.ticket import Ticket
 from tandem.deadline import Deadline
 from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, Stamp, WorkerLoad
 from tandem.errors import OverloadedError, Reason, TandemError, UnavailableError
+from tandem.ownership import count_unowned
 from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)
@@ -219,6 +220,7 @@ class RouterShell:
     def _refresh_gauges(self) -> None:
         self.metrics.queued_requests.set(self.queued_requests)
         self.metrics.running_requests.set(self.core.running_requests)
+        self.metrics.unowned_requests.set(count_unowned(self._tickets.values()))
         roles = [lease.role for lease in self.core.fleet.leases]
         for role in Role:
             self.metrics.replicas.labels(role).set(roles.count(role))

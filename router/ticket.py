@@ -8,6 +8,7 @@ import asyncio
 from router.instructions import Dispatch
 from tandem.domain import RequestId
 from tandem.errors import CancelledRequestError, Reason, TandemError, UnavailableError
+from tandem.ownership import Owner
 from tandem.rpc import ResponseStream
 
 
@@ -16,6 +17,7 @@ class Ticket:
 
     def __init__(self, request_id: RequestId) -> None:
         self.request_id = request_id
+        self.owner = Owner()
         self.attempt = 0  # the one being served
         self._news: asyncio.Future[Dispatch | TandemError] = asyncio.get_running_loop().create_future()
         self._lost: dict[int, TandemError] = {}  # by attempt; at most one per dispatch

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from tandem.completion import Completion
     from tandem.generate_request import GenerateOptions, Prompt
-    from tandem.sync_client import Client
 
 _EXIT_FAILED_REQUESTS = 1
 _EXIT_ERROR = 2
@@ -188,16 +187,16 @@ def generate(
     receipt: Annotated[bool, typer.Option("--receipt", help="Print where the time went, on stderr.")] = False,
 ) -> None:
     """Send one prompt and print the output as it comes."""
+    import asyncio
+
     from tandem.cli_report import generate_report, receipt_line, write_report
     from tandem.generate_request import GenerateOptions
-    from tandem.sync_client import Client
 
     text = _standard_input() if prompt == "-" else prompt
     options = GenerateOptions(
         max_tokens=max_tokens, temperature=temperature, stop=stop or (), seed=seed, timeout_s=timeout_s, model=model or ""
     )
-    with Client(endpoint) as client:
-        completion = _print_stream(client, [{"role": "user", "content": text}] if chat else text, options)
+    completion = asyncio.run(_print_stream(endpoint, [{"role": "user", "content": text}] if chat else text, options))
     if receipt:
         typer.echo("no receipt came" if completion.receipt is None else receipt_line(completion.receipt), err=True)
     if json is not None:
@@ -297,21 +296,25 @@ def bench(
         raise typer.Exit(_EXIT_FAILED_REQUESTS)
 
 
-def _print_stream(client: "Client", prompt: "Prompt", options: "GenerateOptions") -> "Completion":
-    """Prints the text as it comes and ends its line, whatever ends the stream."""
+async def _print_stream(endpoint: str | None, prompt: "Prompt", options: "GenerateOptions") -> "Completion":
+    """Prints the text as it comes and ends its line, whatever ends the stream.
+
+    On a loop, where Ctrl-C ends the task: in blocking calls it may strike in the midst of gRPC and be lost.
+    """
+    from tandem.client import AsyncClient
     from tandem.completion import assemble
 
     chunks = []
-    with client.stream(prompt, **options) as stream:
+    async with AsyncClient(endpoint) as client, client.stream(prompt, **options) as stream:
         try:
-            for chunk in stream:
+            async for chunk in stream:
                 chunks.append(chunk)
                 if chunk.text:
                     typer.echo(chunk.text, nl=False)
         finally:
             if chunks:
                 typer.echo()
-    return assemble(chunks, num_choices=1, receipt=stream.receipt)
+        return assemble(chunks, num_choices=1, receipt=stream.receipt)
 
 
 def _standard_input() -> str:

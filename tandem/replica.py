@@ -110,6 +110,10 @@ class WorkerService:
             published_bytes_total=totals.published_bytes,
         )
 
+    def unowned_requests(self) -> int:
+        """Attempts booked here, and runs of the engine, that no call waits for any more."""
+        return self._state.unowned_requests + self._engine.load().unowned_requests
+
     async def drain(self, request: worker_pb2.DrainRequest, call: ServerCall) -> worker_pb2.DrainResponse:
         """Takes no new work from now on; running requests go on."""
         self._state.drain()
@@ -181,7 +185,7 @@ async def _serve(config: ReplicaConfig, engine: WatchedEngine, namespace: Namesp
         watch_interval_s=config.watch_interval_s,
     )
     server = await start_server(config.host, config.port, {"tandem.v1.Worker": service(worker_pb2, "Worker", worker)})
-    REGISTRY.register(WorkerCollector(worker.load, engine.kv_totals))
+    REGISTRY.register(WorkerCollector(worker.load, engine.kv_totals, worker.unowned_requests))
     metrics_server, _ = start_http_server(config.metrics_port, addr=config.host)
     state.set_addresses(server.address, f"{config.host}:{metrics_server.server_port}")
     _report(f"replica ready id={config.replica_id} role={config.role} address={state.lease.address}", lifeline_fd)

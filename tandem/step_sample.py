@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSample:
-    """The work of one step. A request of which the step computed u prompt tokens on top of c that were there adds u and u * c + u**2 / 2."""
+    """The work of one step. A request of which it computed u prompt tokens on top of c that were there adds u and u * c + u**2 / 2."""
 
     prefill_tokens: int  # prompt tokens computed
     prefill_pairs: int  # pairs of such a token and one that it attends to

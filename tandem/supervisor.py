@@ -8,7 +8,7 @@ Knows neither Ray nor routers; a Ray actor or a test owns it and stops it.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 RESTART_WINDOW_S = 60.0
+_TAKE_S = 5.0  # that a stop waits for a take-over which has begun: given up, it would leave the replica to itself
 
 Start = Callable[[ReplicaConfig], Awaitable[ReplicaProcess]]
-Adopt = Callable[[ReplicaConfig], Awaitable[ReplicaProcess | None]]
+Adopt = Callable[[ReplicaConfig], Coroutine[None, None, ReplicaProcess | None]]
 
 
 async def adopt_nothing(config: ReplicaConfig) -> ReplicaProcess | None:
@@ -76,6 +77,7 @@ class ReplicaSupervisor:
         self._max_restarts = max_restarts
         self._task: asyncio.Task[None] | None = None
         self._process: ReplicaProcess | None = None
+        self._taking: asyncio.Task[ReplicaProcess | None] | None = None
         self._changed = asyncio.Condition()
         self.report = SupervisorReport(replica_id=config.replica_id, state=SupervisedState.STARTING, version=0)
 
@@ -108,9 +110,20 @@ class ReplicaSupervisor:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._process is not None:
-            await self._process.stop()
+        process = self._process or await self._try_taken()
+        if process is not None:
+            await process.stop()
         await self._tell(state=SupervisedState.STOPPED, pid=0, address="", incarnation=0)
+
+    async def _try_taken(self) -> ReplicaProcess | None:
+        """What a take-over that has begun still brings."""
+        if self._taking is None:
+            return None
+        await asyncio.wait({self._taking}, timeout=_TAKE_S)
+        if self._taking.done():
+            return None if self._taking.exception() else self._taking.result()
+        self._taking.cancel()
+        return None
 
     async def _supervise(self) -> None:
         try:
@@ -146,7 +159,7 @@ class ReplicaSupervisor:
     async def _run(self, config: ReplicaConfig) -> str:
         """One life of the replica, the first of them perhaps begun under another supervisor; why it ended."""
         try:
-            process = await self._adopt(config) if self._process is None else None
+            process = await self._take_over(config) if self._process is None else None
             if process is None:
                 process = await self._start(replace(config, incarnation=time.time_ns()))
             self._process = process
@@ -161,6 +174,11 @@ class ReplicaSupervisor:
         )
         await asyncio.shield(process.exited)
         return process.told("has another supervisor" if process.is_lost else "died")
+
+    async def _take_over(self, config: ReplicaConfig) -> ReplicaProcess | None:
+        """The process that a predecessor left. Goes on where this is cancelled: `stop` waits for it."""
+        self._taking = asyncio.create_task(self._adopt(config), name=f"take over {config.replica_id}")
+        return await asyncio.shield(self._taking)
 
     async def _tell(self, **changes: object) -> None:
         async with self._changed:

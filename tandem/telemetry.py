@@ -44,6 +44,7 @@ class RouterMetrics:
         self.loop_lag = seconds("loop_lag", "How late the event loop runs a timer")
         self.queued_requests = gauge("queued_requests", "Requests that wait in the router")
         self.running_requests = gauge("running_requests", "Requests that are dispatched")
+        self.unowned_requests = gauge("unowned_requests", "Requests whose call has ended: a leak")
         self.replicas = gauge("replicas", "Reachable replicas", "role")
 
 
@@ -62,8 +63,9 @@ _KV_COUNTERS = {
 class WorkerCollector(Collector):
     """A replica's own metrics, read when they are scraped. vLLM's stand beside them unchanged."""
 
-    def __init__(self, load: Callable[[], WorkerLoad], kv_totals: Callable[[], KvTotals]) -> None:
+    def __init__(self, load: Callable[[], WorkerLoad], kv_totals: Callable[[], KvTotals], unowned_requests: Callable[[], int]) -> None:
         self._load = load
+        self._unowned_requests = unowned_requests
         self._kv_totals = kv_totals
 
     def collect(self) -> Iterator[Metric]:
@@ -74,6 +76,9 @@ class WorkerCollector(Collector):
             "tandem_worker_pending_prefill_tokens", "Accepted prompt tokens before their first token", load.pending_prefill_tokens
         )
         yield GaugeMetricFamily("tandem_worker_kv_tokens", "Tokens whose KV running attempts hold", load.kv_tokens)
+        yield GaugeMetricFamily(
+            "tandem_worker_unowned_requests", "Requests, booked or in the engine, whose call has ended: a leak", self._unowned_requests()
+        )
         yield CounterMetricFamily("tandem_worker_generated_tokens", "Tokens that left this replica", load.generated_tokens_total)
         for name, value in asdict(self._kv_totals()).items():
             yield CounterMetricFamily(f"tandem_kv_{name}", _KV_COUNTERS[name], value)

@@ -7,12 +7,13 @@ import asyncio
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tandem.domain import Lease, ReplicaState, RequestId
 from tandem.domain import Stamp as Stamp
 from tandem.domain import StampKind as StampKind
 from tandem.errors import Reason, UnavailableError
+from tandem.ownership import Owner, count_unowned
 
 # Stamps of a router that does not read its stream; the oldest are dropped, and the totals are right all the same.
 _MAX_STAMPS = 10_000
@@ -29,6 +30,7 @@ class Run:
     prefill_tokens: int
     kv_tokens: int
     generated_tokens: int = 0
+    owner: Owner = field(default_factory=Owner)
 
 
 class Watcher:
@@ -73,6 +75,11 @@ class WorkerState:
     def running_requests(self) -> int:
         """Accepted attempts that have not ended."""
         return len(self._runs)
+
+    @property
+    def unowned_requests(self) -> int:
+        """Accepted attempts whose call has ended: a leak."""
+        return count_unowned(self._runs.values())
 
     @property
     def pending_prefill_tokens(self) -> int:

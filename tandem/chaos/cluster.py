@@ -117,11 +117,13 @@ class ChaosCluster:
         """Its lasting processes by kind."""
         return Counter(process.kind for process in processes_of(self.id) if process.kind not in _UNCOUNTED)
 
-    async def stop(self) -> list[str]:
-        """Ctrl-C's signal; then what is left of it, which is nothing where all is well. What is left is cleared away."""
+    async def stop(self, logs: Path | None = None) -> list[str]:
+        """Ctrl-C's signal; then what is left of it, which is nothing where all is well. What is left is cleared away, but for `logs`."""
         if self._user is None:
             return []
         try:
+            if logs is not None:
+                await asyncio.to_thread(self._keep_logs, logs)
             left = await self._stop()
             await asyncio.to_thread(clean_cluster, self.id)
             shutil.rmtree(self._user, ignore_errors=True)
@@ -130,6 +132,14 @@ class ChaosCluster:
             if self._former_user is not None:
                 os.environ[_USER_FOLDER] = self._former_user
         return left
+
+    def _keep_logs(self, folder: Path) -> None:
+        """As they are before the stop, which removes them."""
+        here = cluster_folder(self.id)
+        for log in here.rglob("*.log"):
+            kept = folder / log.relative_to(here)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(log, kept)
 
     async def _stop(self) -> list[str]:
         left = []

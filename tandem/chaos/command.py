@@ -30,6 +30,7 @@ def chaos(
     seed: Annotated[int, typer.Option(min=0, help="The same seed plans the same faults and requests.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write one JSON object there.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="PATH", help="Also write a page with a timeline there.")] = None,
+    logs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep the logs of all processes there.")] = None,
     requests: Annotated[int, typer.Option(min=200, help="Requests at least.")] = 200,
     prefill: Annotated[int, typer.Option(min=1, help="Prefill replicas.")] = 2,
     decode: Annotated[int, typer.Option(min=1, help="Decode replicas.")] = 2,
@@ -61,6 +62,7 @@ def chaos(
         minutes=minutes,
         rate_rps=rate,
         model=model,
+        logs=logs,
         bug=None if seeded_bug is None else SeededBug(seeded_bug.value),
     )
     result = _run(options.made_quick() if quick else options, Console(stderr=True, highlight=False, markup=False, emoji=False))

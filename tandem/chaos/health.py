@@ -21,8 +21,9 @@ _POLL_S = 0.25
 _PROBE_PROMPT = (5, 6, 7, 8, 9, 10, 11, 12)
 # What a request holds while it runs, and nothing afterwards.
 _GAUGES = (
-    *("tandem_router_queued_requests", "tandem_router_running_requests"),
+    *("tandem_router_queued_requests", "tandem_router_running_requests", "tandem_router_unowned_requests"),
     *("tandem_worker_running_requests", "tandem_worker_pending_prefill_tokens", "tandem_worker_kv_tokens"),
+    "tandem_worker_unowned_requests",
     *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
     *("tandem_store_leased_blocks", "tandem_store_leaked_slots", "tandem_store_granted_slots"),
 )

@@ -46,6 +46,7 @@ class ChaosOptions:
     pairs: tuple[Pair, ...] = ALL_PAIRS
     rounds: int = 2
     lull_s: float = 1.0
+    logs: Path | None = None  # where those of all processes are kept
     bug: SeededBug | None = None
 
     def made_quick(self) -> "ChaosOptions":
@@ -87,7 +88,7 @@ async def run_chaos(options: ChaosOptions, progress: Progress, stop: Stop) -> Ch
         findings = await disturb(cluster, options, progress, stop, ends_s=ends_s)
     finally:
         progress("stopping the platform")
-        left = await cluster.stop()
+        left = await cluster.stop(options.logs)
     conditions = {**findings.conditions, "took_s": time.monotonic() - begun_s}
     leaks = [*findings.leaks, *(f"after the stop: {item}" for item in left)]
     report = report_of(replace(findings, leaks=leaks, conditions=conditions))

@@ -48,6 +48,7 @@ class EngineLoad:
     running_requests: int
     waiting_requests: int
     kv_used_fraction: float
+    unowned_requests: int = 0  # that nobody reads, and whose end is not yet known here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

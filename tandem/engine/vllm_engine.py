@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class VllmEngine:
     def __init__(self, config: EngineConfig, link: KvLink | None) -> None:
         self._link = link
         self._is_closed = False
+        self._read_choices = 0
         self._stats = _LatestStats()
         is_cpu = not torch.cuda.is_available()
         folder = resolve_model(config.model)
@@ -156,6 +158,7 @@ class VllmEngine:
         prompt = tokens_input(list(request.token_ids), cache_salt=request.cache_salt or None)
         run = self._llm.generate(prompt, params, request.run_id, priority=request.priority)
         has_tokens = False
+        self._read_choices += request.sampling.n
         try:
             async with contextlib.aclosing(run) as outputs:
                 async for output in outputs:
@@ -170,6 +173,8 @@ class VllmEngine:
             raise EngineError(f"the engine failed this request: {error.__cause__ or error}") from error
         except (VLLMClientError, ValueError) as error:
             raise InvalidRequestError("request", f"refused by the engine: {last_line(error)}") from error
+        finally:
+            self._read_choices -= request.sampling.n
 
     def forget(self, run_id: str) -> None:
         """Drops what is kept of a run for `published` and `take_loaded`."""
@@ -190,9 +195,10 @@ class VllmEngine:
 
     def load(self) -> EngineLoad:
         """Load as of the last step; an engine without requests is idle whatever its last step said."""
-        if self._llm.get_num_unfinished_requests() == 0:
+        unfinished = self._llm.get_num_unfinished_requests()
+        if unfinished == 0:
             return EngineLoad(running_requests=0, waiting_requests=0, kv_used_fraction=0.0)
-        return self._stats.load
+        return replace(self._stats.load, unowned_requests=max(0, unfinished - self._read_choices))
 
     def kv_totals(self) -> KvTotals:
         """Transfer counts now."""

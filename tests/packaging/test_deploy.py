@@ -51,7 +51,7 @@ def exposed() -> set[str]:
     ScalerMetrics(registry)
     RemoteKvMetrics(registry)
     ProcessCollector(registry=registry)
-    registry.register(WorkerCollector(WorkerLoad, KvTotals))
+    registry.register(WorkerCollector(WorkerLoad, KvTotals, int))
     sizes = asdict(StoreStats(used_bytes=0, capacity_bytes=0, blocks=0)) | asdict(Census(granted_slots=0, leased_blocks=0, leaked_slots=0))
     tier = dict.fromkeys(("used_bytes", "capacity_bytes", "blocks", "up", "promoted_blocks", "demoted_blocks", "corrupt_blocks"), 0)
     registry.register(StoreCollector(lambda: sizes, lambda: asdict(StoreTotals()), lambda: {"disk": tier}))

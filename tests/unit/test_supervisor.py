@@ -157,6 +157,35 @@ async def test_a_replica_that_a_predecessor_left_is_taken_over_once_and_restarte
     assert [process.port for process in starter.started] == [9]
 
 
+async def test_a_supervisor_that_is_stopped_while_it_takes_a_replica_over_ends_it() -> None:
+    left: list[FakeProcess] = []
+    is_asked = asyncio.Event()
+
+    async def adopt(config: ReplicaConfig) -> ReplicaProcess:
+        is_asked.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        left.append(FakeProcess(config))
+        return cast(ReplicaProcess, left[-1])
+
+    async with supervised(Starter(), adopt):
+        await is_asked.wait()
+    assert left[0].is_stopped
+
+
+async def test_a_take_over_that_brings_nothing_stops_nobody_from_stopping() -> None:
+    is_asked = asyncio.Event()
+
+    async def adopt(config: ReplicaConfig) -> ReplicaProcess | None:
+        is_asked.set()
+        await asyncio.sleep(0)
+        raise ConfigError("replica r-0 has another supervisor")
+
+    async with supervised(Starter(), adopt) as supervisor:
+        await is_asked.wait()
+    assert supervisor.report.state is SupervisedState.STOPPED
+
+
 async def test_a_replica_that_belongs_to_another_supervisor_is_neither_started_nor_tried_again() -> None:
     async def adopt(config: ReplicaConfig) -> ReplicaProcess:
         raise ConfigError("replica r-0 has another supervisor")
