@@ -39,6 +39,11 @@ class Breaker:
         self._health = health
         self._proxy = proxy
 
+    @property
+    def connections(self) -> int:
+        """Clients that the network faults would meet."""
+        return self._proxy.connections // 2
+
     async def break_part(self, fault: PlannedFault) -> Broken:
         """Returns once the fault has ended: at once for a kill, after `hold_s` for what is held. Not for `client.cancel`."""
         if fault.row is Row.NETWORK:
@@ -68,7 +73,7 @@ class Breaker:
 
     async def _break_network(self, fault: PlannedFault) -> Broken:
         """Between the proxied clients and their first router."""
-        connections = self._proxy.connections // 2
+        connections = self.connections
         if fault.action is Action.DELAY:
             self._proxy.delay_s = _DELAY_S
         elif fault.action is Action.BLACK_HOLE:

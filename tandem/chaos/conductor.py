@@ -61,7 +61,8 @@ class Conductor:
         """Has some streams run, each somewhere between its start and its end."""
         load.hurry(_STREAMS_TO_MEET, Transport.PROXIED if fault.row is Row.NETWORK else None)
         ends_s = time.monotonic() + _MEET_S
-        while load.in_flight < _STREAMS_TO_MEET and time.monotonic() < ends_s:  # noqa: ASYNC110 - the records are plain values
+        is_network = fault.row is Row.NETWORK  # of those in flight, some must go through the proxy
+        while time.monotonic() < ends_s and (load.in_flight < _STREAMS_TO_MEET or (is_network and not self._breaker.connections)):  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S / 10)
         await asyncio.sleep(_MEET_JITTER_S * fault.pick)
 
