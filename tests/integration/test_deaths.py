@@ -41,9 +41,7 @@ async def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 async def wait_serving(platform: BarePlatform, name: str, old_pid: int) -> None:
     """Waits for the replica's next start."""
-    assert await eventually(
-        lambda: platform.replicas[name].pid not in (0, old_pid) and bool(platform.replicas[name].address), 90.0
-    )  # spawned, where the zygote has died before
+    assert await eventually(lambda: platform.replicas[name].pid not in (0, old_pid) and bool(platform.replicas[name].address), 30.0)
     async with tandem.AsyncClient(platform.router_address) as client:
         for _ in range(200):
             status = await client.status()
@@ -113,5 +111,5 @@ async def test_an_engine_without_kv_transfer_dies_with_its_replica_too(platform:
     os.kill(replica.pid, signal.SIGKILL)
     assert await eventually(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 5.0)
     assert await eventually(
-        lambda: platform.replicas["plain"].pid not in (0, replica.pid) and bool(platform.replicas["plain"].address), 90.0
+        lambda: platform.replicas["plain"].pid not in (0, replica.pid) and bool(platform.replicas["plain"].address), 30.0
     )
