@@ -61,10 +61,13 @@ class Conductor:
         """Has some streams run, each somewhere between its start and its end."""
         load.hurry(_STREAMS_TO_MEET, Transport.PROXIED if fault.row is Row.NETWORK else None)
         ends_s = time.monotonic() + _MEET_S
-        is_network = fault.row is Row.NETWORK  # of those in flight, some must go through the proxy
-        while time.monotonic() < ends_s and (load.in_flight < _STREAMS_TO_MEET or (is_network and not self._breaker.connections)):  # noqa: ASYNC110
+        while time.monotonic() < ends_s and not self._has_met(fault, load):  # noqa: ASYNC110 - the records are plain values
             await asyncio.sleep(_POLL_S / 10)
         await asyncio.sleep(_MEET_JITTER_S * fault.pick)
+
+    def _has_met(self, fault: PlannedFault, load: Load) -> bool:
+        """Whether enough streams run; for a network fault, some of them through the proxy."""
+        return load.in_flight >= _STREAMS_TO_MEET and (fault.row is not Row.NETWORK or self._breaker.connections > 0)
 
     async def _break(self, record: FaultRecord) -> None:
         fault = record.planned
