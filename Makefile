@@ -9,20 +9,22 @@ endif
 
 REQUIREMENTS := requirements/$(PLATFORM).txt requirements/dev.txt
 # One stamp per content of what decides the environment: a second set-up finds it and does nothing.
-STAMP := .venv/.installed-$(PLATFORM)-$(shell cat $(REQUIREMENTS) pyproject.toml kv_transfer/native.c 2>/dev/null | sha256sum | cut -c1-16)
+STAMP := .venv/.installed-$(PLATFORM)-$(shell cat $(REQUIREMENTS) pyproject.toml kv_transfer/native.c router/block_probe.c 2>/dev/null | sha256sum | cut -c1-16)
 IS_311 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
 BIN := .venv/bin
+COVERAGE := build/coverage
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Pure files are covered by the first; the second do without, since being traced takes them twice as long.
-COVERED_TESTS := $(wildcard tests/unit tests/property tests/sim)
+# Pure files are covered by the first three; the last do without, since being traced takes them twice as long.
+COVERING := property unit sim
 QUICK_TESTS := $(wildcard tests/contract tests/packaging)
 INTEGRATION_TESTS := $(wildcard tests/integration/test_*.py)
-# Those that start whole platforms, and wait for processes most of the time.
-PLATFORM_TESTS := $(addprefix tests/integration/test_,platform.py up.py nodes.py demo.py kv_tiers.py)
+# Those that start whole platforms, and those that run what a user types: both wait for processes most of the time.
+PLATFORM_TESTS := $(addprefix tests/integration/test_,platform.py nodes.py kv_tiers.py deaths.py)
+COMMAND_TESTS := $(addprefix tests/integration/test_,up.py demo.py chaos.py cli.py top.py simulated_up.py prometheus.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test covered quick platforms parts lint unit integration prometheus proto wheel clean
+.PHONY: help setup demo test quick platforms commands parts lint unit integration prometheus proto wheel clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,13 +50,14 @@ demo: setup  ## start the whole platform on the bundled model, send prompts, che
 	@$(BIN)/python -m tandem.demo --json build/demo.json
 
 test: lint prometheus  ## what CI runs: lint, types, all tests, and full branch coverage of the pure files
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target covered quick
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target platforms parts
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(addprefix covering-,$(COVERING)) quick
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target platforms commands parts
+	$(BIN)/python -m coverage combine --keep --quiet $(addprefix $(COVERAGE)/,$(COVERING))
 	$(BIN)/python -m coverage report --include="$$(paste -sd, tests/pure_files.txt)" --fail-under=100 --show-missing --skip-covered
 
-# Two by two side by side: these compute and start little ...
-covered: setup
-	$(BIN)/python -m pytest --cov --cov-report= $(COVERED_TESTS)
+# Side by side: these compute and start little ...
+covering-%: setup
+	COVERAGE_FILE=$(COVERAGE)/$* $(BIN)/python -m pytest -o cache_dir=build/$*_cache --cov --cov-report= tests/$*
 
 quick: setup
 	$(BIN)/python -m pytest -o cache_dir=build/quick_cache $(QUICK_TESTS)
@@ -63,8 +66,11 @@ quick: setup
 platforms: setup
 	$(BIN)/python -m pytest --durations=15 $(PLATFORM_TESTS)
 
+commands: setup
+	$(BIN)/python -m pytest -o cache_dir=build/commands_cache --durations=15 $(COMMAND_TESTS)
+
 parts: setup
-	$(BIN)/python -m pytest -o cache_dir=build/parts_cache --durations=15 $(filter-out $(PLATFORM_TESTS),$(INTEGRATION_TESTS))
+	$(BIN)/python -m pytest -o cache_dir=build/parts_cache --durations=15 $(filter-out $(PLATFORM_TESTS) $(COMMAND_TESTS),$(INTEGRATION_TESTS))
 
 lint: setup  ## formatting, lint rules and types
 	$(BIN)/python -m ruff format --check .

@@ -34,7 +34,7 @@ from tandem.errors import ConfigError, Reason, TandemError, UnavailableError
 from tandem.membership import REGISTER_URL, RENEW_S, Member, MemberKind, Register, ServedModel
 from tandem.network import advertised_host
 from tandem.node_agent import NodeAgent
-from tandem.ray_head import set_ray_environment
+from tandem.ray_environment import set_ray_environment
 from tandem.redis_register import RedisRegister
 from tandem.registrar import Registrar
 from tandem.telemetry import ScalerMetrics

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import ray
@@ -77,23 +77,29 @@ def stop_all(address: str, config: ClusterConfig) -> None:
     """Ends every actor of the cluster, on a Ray that is not ours. Blocks; raises what Ray raises where it does not answer."""
     _connect(address, config)
     deadline_s = time.monotonic() + _STOP_ALL_S
-    while names := sorted(ray.util.list_named_actors(), key=lambda name: name.startswith("agent-")):  # replicas before their node's daemons
-        for name in names:
-            with contextlib.suppress(ValueError):  # it has just gone
-                _stop(name)
+    while names := ray.util.list_named_actors():
+        agents = {name for name in names if name.startswith("agent-")}
+        for group in (set(names) - agents, agents):  # replicas before their node's daemons
+            _stop(group)
         if time.monotonic() > deadline_s:
             logger.warning("actors_left names=%s", names)
             return
         time.sleep(_POLL_S)
 
 
-def _stop(name: str) -> None:
-    actor = ray.get_actor(name)
-    try:
-        ray.get(actor.stop.remote(), timeout=_STOP_S)
-    except (RayError, AttributeError) as error:
-        logger.warning("actor_not_stopped name=%s error=%s", name, first_line(error))
-    ray.kill(actor)
+def _stop(names: Collection[str]) -> None:
+    """Asks all of them at once and kills them when they have answered, or the slowest had its time."""
+    actors, answers = [], []
+    for name in names:
+        with contextlib.suppress(ValueError, AttributeError):  # it has just gone, or is not ours
+            actors.append(ray.get_actor(name))
+            answers.append(actors[-1].stop.remote())
+    if answers:
+        _, silent = ray.wait(answers, num_returns=len(answers), timeout=_STOP_S)
+        if silent:
+            logger.warning("actors_not_stopped count=%d", len(silent))
+    for actor in actors:
+        ray.kill(actor)
 
 
 def _connect(address: str, config: ClusterConfig) -> None:

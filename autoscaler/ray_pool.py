@@ -4,6 +4,7 @@ Starts, stops and hears of them; must not decide how many. Ray's calls that bloc
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Collection, Mapping
@@ -62,6 +63,7 @@ class RayPool:
         self._handles: dict[ReplicaId, Any] = {}  # by handle an actor is itself; its name may be a later one's
         self._listeners: dict[ReplicaId, asyncio.Task[None]] = {}
         self._agents: dict[str, asyncio.Task[None]] = {}
+        self._unheard_agents: dict[str, float] = {}  # by node, since when its agent cannot be reached
 
     @property
     def replicas(self) -> Mapping[ReplicaId, PoolReplica]:
@@ -102,6 +104,8 @@ class RayPool:
         """Asks Ray for one more actor with the model's resources: one bundle."""
         model = self._names.config(key)
         engine = EngineConfig(
+            engine=model.engine,
+            step_profile=model.profile_of(replica_id),
             model=model.model,
             dtype=model.dtype,
             kv_cache_bytes=model.kv_cache_bytes,
@@ -127,7 +131,7 @@ class RayPool:
             "name": replica_id,
             "lifetime": "detached",
             "get_if_exists": True,
-            "num_cpus": model.cpus_per_replica,
+            "num_cpus": model.declared_cpus,
             "num_gpus": model.gpus_per_replica,
             "memory": model.memory_bytes_per_replica or replica_memory_bytes(model),
             "scheduling_strategy": "SPREAD",
@@ -190,7 +194,7 @@ class RayPool:
                 self._set(replica_id, key, state, **{name: report[name] for name in ("address", "pid", "error", "incarnation")})
         except TimeoutError:
             needs = self._names.config(key)
-            room = f"{needs.cpus_per_replica:g} CPUs, {needs.gpus_per_replica:g} GPUs"
+            room = f"{needs.declared_cpus:g} CPUs, {needs.gpus_per_replica:g} GPUs"
             error = f"Ray has not found room for {replica_id} in {_PLACE_S:g} s: {room}"
             logger.warning("actor_not_placed replica_id=%s", replica_id)
             self._set(replica_id, key, SupervisedState.FAILED, error=error)
@@ -224,7 +228,8 @@ class RayPool:
             actor = await ask_ray(lambda: self._agent.options(**options).remote(*arguments))
             try:
                 async with asyncio.timeout(_AGENT_START_S):
-                    await actor.start.remote()
+                    await _start_agent(actor)
+                self._unheard_agents.pop(node_id, None)
                 logger.info("agent_runs node=%s", node)
                 pause_s = 0.0
                 while True:
@@ -233,10 +238,28 @@ class RayPool:
             except TimeoutError as error:
                 logger.warning("agent_silent node=%s error=%s", node, first_line(error))
                 await _kill(actor, node)
+            except ActorUnavailableError:  # one that was stopped before this leader had spoken to it says no more than that
+                now_s = asyncio.get_running_loop().time()
+                if now_s - self._unheard_agents.setdefault(node_id, now_s) > _SILENT_S:
+                    logger.warning("agent_silent node=%s error=it cannot be reached", node)
+                    del self._unheard_agents[node_id]
+                    await _kill(actor, node)
+                raise
         except (RayError, ValueError, UnavailableError) as error:
             logger.warning("agent_lost node=%s error=%s", node, first_line(error))
             await asyncio.sleep(pause_s)
         self._on_change()
+
+
+async def _start_agent(actor: Any) -> None:
+    """Asks again where it takes long, which does no harm. Raises TimeoutError where the agent hangs meanwhile."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SILENT_S):
+                await actor.start.remote()
+            return
+        async with asyncio.timeout(_SILENT_S):
+            await actor.wait.remote()
 
 
 class _SilentActorError(Exception):

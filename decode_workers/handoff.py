@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import grpc.aio
 
 from tandem.convert import finish_reason_from_pb, logprobs_from_pb, sampling_to_pb
-from tandem.domain import Plan, PlannedWorker, Request
+from tandem.domain import Namespace, Plan, PlannedWorker, Request
 from tandem.engine.base import EngineOutput
-from tandem.errors import CancelledRequestError, DeadlineError, ProtocolError, TandemError
+from tandem.errors import CancelledRequestError, DeadlineError, ProtocolError, Reason, TandemError
 from tandem.rpc import Deadline, ResponseStream, open_stream, parse_answer
+from tandem.session import has_lost_worker
 from tandem.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,17 @@ class Published:
 
 
 async def prefill_elsewhere(
-    request: Request, plan: Plan, attempt: int, deadline: Deadline, channels: Channels, *, publish_wait_s: float
+    request: Request, plan: Plan, attempt: int, deadline: Deadline, channels: Channels, *, namespace: Namespace, publish_wait_s: float
 ) -> AsyncGenerator[Prefilling | Prefilled | Published, None]:
     """Yields Prefilling for each worker that is tried, Prefilled at once, then Published; no more where all of the plan are lost.
+
+    One whose blocks are of another `namespace` (model, revision, type) is lost too.
 
     A worker lost after its token, or silent for `publish_wait_s` after it, is not replaced: what it had published is loaded, the rest
     computed. Raises DeadlineError, and what a worker says of the request itself (bad input).
     """
     for worker in plan.prefill:
-        message = _to_pb(request, plan, worker, attempt)
+        message = _to_pb(request, plan, worker, attempt, namespace)
         has_token = False
         yield Prefilling(worker=worker)
         try:
@@ -74,8 +77,13 @@ async def prefill_elsewhere(
 
 
 def _is_loss(error: Exception) -> bool:
-    """Whether the worker failed and not the request; a worker that stops cancels its calls, and only the client may cancel the request."""
-    return isinstance(error, ProtocolError | CancelledRequestError) or (isinstance(error, TandemError) and error.retryable)
+    """Whether the worker failed and not the request; a worker that stops cancels its calls, and only the client may cancel the request.
+
+    The reason PROTOCOL is that of a status that no worker of ours gave: its port is somebody else's now.
+    """
+    if not isinstance(error, TandemError):
+        return False
+    return isinstance(error, CancelledRequestError) or error.reason is Reason.PROTOCOL or has_lost_worker(error)
 
 
 async def _read(stream: ResponseStream) -> worker_pb2.PrefillResponse:
@@ -105,7 +113,7 @@ def _prefilled(worker: PlannedWorker, response: worker_pb2.PrefillResponse) -> P
     )
 
 
-def _to_pb(request: Request, plan: Plan, worker: PlannedWorker, attempt: int) -> worker_pb2.PrefillRequest:
+def _to_pb(request: Request, plan: Plan, worker: PlannedWorker, attempt: int, namespace: Namespace) -> worker_pb2.PrefillRequest:
     return worker_pb2.PrefillRequest(
         request_id=request.request_id,
         attempt=attempt,
@@ -114,7 +122,10 @@ def _to_pb(request: Request, plan: Plan, worker: PlannedWorker, attempt: int) ->
         resumed_tokens=len(request.resume_token_ids),
         sampling=sampling_to_pb(request.sampling),
         priority=request.priority,
+        slack_s=plan.slack_s,
         cache_salt=request.cache_salt,
+        replica_id=worker.replica_id,
         incarnation=worker.incarnation,
+        namespace=namespace,
         router_id=plan.router_id,
     )

@@ -16,6 +16,7 @@ from tandem.domain import Chunk, Plan, Receipt, Request, Usage
 from tandem.engine.base import Engine, EngineRequest
 from tandem.errors import EngineError, InvalidRequestError
 from tandem.rpc import Deadline, ServerCall
+from tandem.urgency import begun_priority, engine_priority
 from tandem.v1 import worker_pb2
 from tandem.worker_state import Run, WorkerState
 
@@ -77,8 +78,10 @@ class DecodeService:
 
     async def generate(self, message: worker_pb2.WorkerGenerateRequest, call: ServerCall) -> None:
         """Writes the request's tokens from its first position on; the receipt comes as trailing metadata. Raises TandemError."""
-        self._state.check(message.incarnation)
         request, plan = request_from_worker_pb(message), plan_from_pb(message.plan)
+        self._state.check(message.model, message.incarnation)
+        self._state.check(message.model, plan.decode.incarnation, plan.decode.replica_id)
+        plan.validate()
         request.validate(self._engine.info)
         is_handoff = bool(plan.prefill) and request.sampling.one_worker_reason() is None
         booking = self._state.accept(
@@ -116,7 +119,13 @@ class DecodeService:
     async def _first_token(self, stream: _Stream) -> None:
         """Has a prefill worker compute the first token and passes it on at once; leaves all to this engine where none can."""
         handoff = prefill_elsewhere(
-            stream.request, stream.plan, stream.attempt, stream.deadline, self._channels, publish_wait_s=self._publish_wait_s
+            stream.request,
+            stream.plan,
+            stream.attempt,
+            stream.deadline,
+            self._channels,
+            namespace=self._state.lease.namespace,
+            publish_wait_s=self._publish_wait_s,
         )
         remote: RemoteHandoff | None = None
         published_blocks: int | None = None
@@ -159,7 +168,7 @@ class DecodeService:
             max_new_tokens=request.max_output_tokens(self._engine.info) - choice.position,
             resumed_tokens=len(token_ids) - len(request.prompt_token_ids),
             cache_salt=request.cache_salt,
-            priority=request.priority,
+            priority=self._priority(stream),
             counts_use=stream.prefilled is None,
         )
         try:
@@ -177,6 +186,13 @@ class DecodeService:
             raise EngineError("the engine ended its stream early")
         finally:
             self._engine.forget(run_id)
+
+    def _priority(self, stream: _Stream) -> int:
+        """Of this engine's run: tokens that somebody reads already go first."""
+        request = stream.request
+        if stream.prefilled is not None or request.resume_token_ids:
+            return begun_priority(request.priority)
+        return engine_priority(request.priority, stream.plan.slack_s, time.monotonic())
 
     def _note_start(self, stream: _Stream, run_id: str, total_tokens: int, cached_tokens: int) -> None:
         """Books what the first step of this engine took from caches and what it computed."""

@@ -5,6 +5,7 @@ engine's step.
 """
 
 import fcntl
+import mmap
 import os
 import threading
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 
 FILE_NAME = "lock"
 _RETRY_S = 20e-6
+_PATIENCE_S = 1.0  # while others get it and give it back
+_TURNS_BYTES = 8  # of the file: how often the lock was had, so that those who wait tell a busy lock from a holder that is stopped
 
 
 class ArenaLock:
@@ -22,19 +25,23 @@ class ArenaLock:
     def __init__(self, folder: Path) -> None:
         self._descriptor = os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._thread_lock = threading.Lock()
+        os.ftruncate(self._descriptor, _TURNS_BYTES)
+        self._turns = memoryview(mmap.mmap(self._descriptor, _TURNS_BYTES)).cast("Q")
 
-    def acquire(self, timeout_s: float) -> bool:
-        """Whether it was had within `timeout_s`: a holder that is stopped must not stop others."""
-        deadline_s = time.monotonic() + timeout_s
-        if not self._thread_lock.acquire(timeout=timeout_s):
-            return False
-        is_had = False
-        try:
-            is_had = self._try_flock(deadline_s)
-        finally:
-            if not is_had:
-                self._thread_lock.release()
-        return is_had
+    def acquire(self, timeout_s: float, patience_s: float = _PATIENCE_S) -> bool:
+        """Whether it was had. A holder that is stopped costs `timeout_s`; while others take turns it is waited for up to `patience_s`."""
+        if self._try():
+            return True
+        started_s = moved_s = time.monotonic()
+        turn = self._turns[0]
+        while not self._try():
+            now_s = time.monotonic()
+            if self._turns[0] != turn:
+                turn, moved_s = self._turns[0], now_s
+            if now_s - moved_s > timeout_s or now_s - started_s > max(timeout_s, patience_s):
+                return False
+            time.sleep(_RETRY_S)
+        return True
 
     def release(self) -> None:
         """By its holder."""
@@ -42,25 +49,27 @@ class ArenaLock:
         self._thread_lock.release()
 
     @contextmanager
-    def held(self, timeout_s: float) -> Iterator[bool]:
+    def held(self, timeout_s: float, patience_s: float = _PATIENCE_S) -> Iterator[bool]:
         """The same for a block; whether it was had."""
-        is_had = self.acquire(timeout_s)
+        is_had = self.acquire(timeout_s, patience_s)
         try:
             yield is_had
         finally:
             if is_had:
                 self.release()
 
-    def _try_flock(self, deadline_s: float) -> bool:
-        while True:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline_s:
-                    return False
-                time.sleep(_RETRY_S)
-            else:
-                return True
+    def _try(self) -> bool:
+        if not self._thread_lock.acquire(blocking=False):
+            return False
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._thread_lock.release()
+            if isinstance(error, BlockingIOError):
+                return False
+            raise
+        self._turns[0] = (self._turns[0] + 1) % (1 << 64)
+        return True
 
     def close(self) -> None:
         """Closes the file; once only."""

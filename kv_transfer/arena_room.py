@@ -144,7 +144,7 @@ class ArenaRoom:
 
     def drop(self, slots: Slots, generations: npt.NDArray[np.uint32] | None = None, timeout_s: float = _LOCK_S) -> int:
         """Frees those of the slots that hold a block, leased or not, and where generations are given are still of that one."""
-        with self._lock.held(timeout_s) as is_held:
+        with self._lock.held(timeout_s, patience_s=timeout_s) as is_held:
             if not is_held:
                 return 0
             is_same = np.ones(len(slots), np.bool_) if generations is None else self._arena.generation[slots] == generations

@@ -174,6 +174,7 @@ async def serve(options: StoreOptions, stop: asyncio.Event, beside: Beside | Non
                     tasks.append(group.create_task(beside(addresses), name="beside"))
                 print(f"store ready address={addresses.address} metrics={addresses.metrics_address}", flush=True)
                 await stop.wait()
+                served.end()
                 await server.set_serving(False)
                 await server.stop()
                 for task in tasks:

@@ -4,7 +4,6 @@ Rows that are no multiple of 64 bytes go the numpy way.
 """
 
 import ctypes
-import importlib.util
 import platform
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from kv_transfer.arena import Arena, Bytes
 from kv_transfer.copies import BlockIds, BlockRows, Copies, Outcomes, Read, Slots, Sums
 from kv_transfer.numpy_copies import NumpyCopies
+from tandem.compiled import try_load
 from tandem.errors import ConfigError
 
 _ABI = 3
@@ -33,12 +33,9 @@ def open_copies(arena: Arena, *, checksum: bool, native: bool = True) -> Copies:
 
 
 def load_library() -> ctypes.CDLL | None:
-    """The compiled part; None where it was not compiled, or is of another version."""
-    found = importlib.util.find_spec("kv_transfer.native")
-    if found is None or found.origin is None or not found.origin.endswith(".so"):
-        return None
-    library = ctypes.CDLL(found.origin)
-    if library.tandem_kv_abi() != _ABI:
+    """The compiled part with its signatures; None where there is none for us."""
+    library = try_load("kv_transfer.native", "tandem_kv_abi", _ABI)
+    if library is None:
         return None
     for name, arguments in _SIGNATURES.items():
         getattr(library, name).argtypes = arguments

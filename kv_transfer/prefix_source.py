@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _MIN_BLOCKS = 2  # fewer are computed sooner
 _PAUSE_S = 5.0  # after a failure: a service that hangs costs a few requests a wait, not each
+_DEADLINE_STEP_S = 0.002  # gRPC carries a deadline in whole milliseconds, rounded up, and the answer has to come back
 
 
 class PrefixSource:
@@ -38,8 +39,11 @@ class PrefixSource:
         blocks = (len(token_ids) - 1) // self._engine.block_size_tokens  # one token is always computed
         if blocks < _MIN_BLOCKS or time.monotonic() < self._paused_until_s:
             return 0
+        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s - _DEADLINE_STEP_S
         hashes = await hash_in_slices(token_ids, self._engine.block_size_tokens, cache_salt)
-        timeout_s = self._wait_s if remaining_s is None else min(self._wait_s, remaining_s)
+        timeout_s = self._wait_s if deadline_s is None else min(self._wait_s, deadline_s - time.monotonic())
+        if timeout_s <= 0.0:
+            return 0
         try:
             return await prefetch_blocks(self._channels(self._address), self._namespace, hashes[:blocks], timeout_s=timeout_s)
         except TandemError as error:

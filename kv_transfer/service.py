@@ -10,14 +10,16 @@ import re
 from collections.abc import Sequence
 
 from kv_transfer.arena_store import ArenaStore
+from kv_transfer.arena_watch import ArenaWatch
 from kv_transfer.copier import BlockCopier
 from kv_transfer.peer_client import MAX_BLOCKS_PER_CALL
 from kv_transfer.prefetcher import Prefetcher
 from kv_transfer.store import StoreStats, leading_count
 from kv_transfer.store_totals import StoreTotals
 from kv_transfer.tiered_store import LowerStats, TieredStore
+from tandem.convert import block_change_to_pb
 from tandem.domain import BlockHash, Namespace
-from tandem.errors import InvalidRequestError
+from tandem.errors import InvalidRequestError, OverloadedError
 from tandem.rpc import ServerCall
 from tandem.v1 import store_pb2
 
@@ -29,6 +31,10 @@ _NAMESPACE_BYTES = 16
 _MAX_CALL_S = 30.0  # of callers that give no deadline
 _ANSWER_FRACTION = 0.9
 _KEEP_ROOM_S = 1.0  # a look at the columns: about 0.3 ms
+_MAX_WATCHES = 64  # 13 bytes a slot each
+_WATCH_BLOCKS = 4096  # in one message: 32 KiB
+_WATCH_S, _WATCH_BEHIND_S = 0.25, 0.02  # between two looks
+_WATCH_IDLE_LOOKS = 4  # without news before a message that has none
 _KEEP_ROOM_PAUSE_S = 0.05  # after blocks came: their readers have the processor first
 
 
@@ -55,6 +61,8 @@ class StoreService:
         self._totals = totals
         self._peer_port = peer_port
         self._needs_room = needs_room  # set when blocks came
+        self._watches = 0
+        self._is_ending = False
 
     async def stat(self, request: store_pb2.StoreStatRequest, call: ServerCall) -> store_pb2.StoreStatResponse:
         """What the node holds, tier by tier; O(slots)."""
@@ -103,6 +111,34 @@ class StoreService:
             evicted_blocks = await asyncio.to_thread(self._store.make_room)
         self._totals.evicted_blocks += evicted_blocks
         return store_pb2.EvictResponse(evicted_blocks=evicted_blocks)
+
+    async def watch(self, request: store_pb2.StoreWatchRequest, call: ServerCall) -> None:
+        """Streams what the arena holds, then what changes. Raises OverloadedError."""
+        if self._watches >= _MAX_WATCHES:
+            raise OverloadedError(f"{_MAX_WATCHES} others watch this store", retry_after_s=_MAX_CALL_S)
+        self._watches += 1
+        try:
+            await self._tell(ArenaWatch(self._store.arena), call)
+        finally:
+            self._watches -= 1
+
+    async def _tell(self, watch: ArenaWatch, call: ServerCall) -> None:
+        idle_looks = _WATCH_IDLE_LOOKS
+        while not self._is_ending:
+            changes = await asyncio.to_thread(watch.look, _WATCH_BLOCKS)
+            idle_looks += 1
+            if changes or idle_looks > _WATCH_IDLE_LOOKS:
+                idle_looks = 0
+                namespaces = [
+                    store_pb2.NamespaceEvents(namespace=namespace, block_events=block_change_to_pb(change))
+                    for namespace, change in changes.items()
+                ]
+                await call.write(store_pb2.StoreWatchResponse(node=self._node, namespaces=namespaces))
+            await asyncio.sleep(_WATCH_BEHIND_S if watch.is_behind else _WATCH_S)
+
+    def end(self) -> None:
+        """Has Watch streams end at their next look: a server waits for them when it stops."""
+        self._is_ending = True
 
     async def keep_room(self) -> None:
         """Makes room every second, and soon after blocks came. Workers do so themselves where this service is dead."""

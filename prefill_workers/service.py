@@ -5,12 +5,13 @@ import time
 from dataclasses import replace
 
 from kv_transfer.prefix_source import PrefixSource
-from tandem.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
-from tandem.domain import FinishReason
+from tandem.convert import finish_reason_to_pb, logprobs_to_pb, request_from_prefill_pb
+from tandem.domain import FinishReason, Request, check_slack
 from tandem.engine.base import Engine, EngineOutput, EngineRequest
-from tandem.errors import EngineError
+from tandem.errors import EngineError, InvalidRequestError
 from tandem.faults import Faults
 from tandem.rpc import ServerCall
+from tandem.urgency import engine_priority
 from tandem.v1 import worker_pb2
 from tandem.worker_state import Run, WorkerState
 
@@ -27,20 +28,21 @@ class PrefillService:
         self._faults = faults
         self._prefixes = prefixes
 
-    async def prefill(self, request: worker_pb2.PrefillRequest, call: ServerCall) -> None:
+    async def prefill(self, message: worker_pb2.PrefillRequest, call: ServerCall) -> None:
         """Writes FirstToken as soon as there is one, then Published. Raises TandemError."""
-        self._state.check(request.incarnation)
+        self._state.check(message.model, message.incarnation, message.replica_id, message.namespace)
+        check_slack("slack_s", message.slack_s)
+        request = request_from_prefill_pb(message)
+        request.validate(self._engine.info)
+        if request.sampling.n > 1:
+            raise InvalidRequestError("sampling.n", f"must be 1 for a prefill, got {request.sampling.n}")
         if self._faults.fires("prefill.fail_every"):
             raise EngineError("prefill failed by the fault hook prefill.fail_every")
         booking = self._state.accept(
-            request.router_id,
-            request.request_id,
-            request.attempt,
-            prefill_tokens=len(request.prompt_token_ids),
-            kv_tokens=len(request.prompt_token_ids),
+            message.router_id, request.request_id, message.attempt, prefill_tokens=request.total_tokens, kv_tokens=request.total_tokens
         )
         with booking as run:
-            engine_request = _to_engine_request(request, run)
+            engine_request = _to_engine_request(request, f"{request.request_id}.{message.attempt}.{run.number}", message.slack_s)
             try:
                 await self._run(engine_request, run, call)
             finally:
@@ -69,16 +71,16 @@ class PrefillService:
         raise EngineError("the engine ended the prefill without a token")
 
 
-def _to_engine_request(request: worker_pb2.PrefillRequest, run: Run) -> EngineRequest:
-    sampling = sampling_from_pb(request.sampling)
+def _to_engine_request(request: Request, run_id: str, slack_s: float) -> EngineRequest:
+    resumed_tokens = len(request.resume_token_ids)
     return EngineRequest(
-        run_id=f"{request.request_id}.{request.attempt}.{run.number}",
-        token_ids=tuple(request.prompt_token_ids),
-        sampling=replace(sampling, min_tokens=max(0, sampling.min_tokens - request.resumed_tokens)),
+        run_id=run_id,
+        token_ids=(*request.prompt_token_ids, *request.resume_token_ids),
+        sampling=replace(request.sampling, min_tokens=max(0, request.sampling.min_tokens - resumed_tokens)),
         max_new_tokens=1,
-        resumed_tokens=request.resumed_tokens,
+        resumed_tokens=resumed_tokens,
         cache_salt=request.cache_salt,
-        priority=request.priority,
+        priority=engine_priority(request.priority, slack_s, time.monotonic()),
     )
 
 

@@ -1,24 +1,21 @@
-"""Who waits and who runs: for each model a bounded line by priority, then arrival, and one bound on dispatched requests.
+"""Who waits and who runs: for each model a bound on those that wait, their deadlines, and one bound on dispatched requests.
 
-Must not know replicas: the core asks in what order to place and says what it placed. O(log waiting) an event, list moves aside.
+Must not order them or know replicas: `line.py` and the core do. O(log waiting) an event, list moves aside.
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from heapq import merge
 from math import inf, isclose
 
 from tandem.domain import MAX_CHOICES, ModelId, RequestId
 from tandem.errors import DeadlineError, OverloadedError
 
-Rank = tuple[int, int, RequestId]  # priority (lower first), arrival number, id
 _Time = tuple[float, RequestId]
 
 
 @dataclass(slots=True, kw_only=True)
 class _Ticket:
-    rank: Rank
     model: ModelId
     deadline_s: float
     waits_since_s: float | None = None  # None: dispatched
@@ -26,25 +23,23 @@ class _Ticket:
 
 
 @dataclass(slots=True)
-class _Line:
+class _Queue:
     """Who waits for one model."""
 
-    ranks: list[Rank] = field(default_factory=list)
     since: list[_Time] = field(default_factory=list)  # longest wait first
     work_s: float = 0.0
 
 
 class Admission:
-    """Each admitted request is either waiting or running; a retried one waits again at its old rank."""
+    """Each admitted request is either waiting or running."""
 
     def __init__(self, *, max_queued_requests: int, max_running_requests: int) -> None:
         self.max_queued_requests = max_queued_requests
         self.max_running_requests = max_running_requests
         self._tickets: dict[RequestId, _Ticket] = {}
-        self._lines: dict[ModelId, _Line] = {}  # of models that somebody waits for
+        self._queues: dict[ModelId, _Queue] = {}  # of models that somebody waits for
         self._deadlines: list[_Time] = []  # of those that wait
         self._queued = 0
-        self._arrivals = 0
 
     @property
     def queued_requests(self) -> int:
@@ -64,78 +59,58 @@ class Admission:
     @property
     def models(self) -> tuple[ModelId, ...]:
         """Models that somebody waits for, by name."""
-        return tuple(sorted(self._lines))
+        return tuple(sorted(self._queues))
 
     def queued_for(self, model: ModelId) -> tuple[int, float]:
-        """Requests that wait for the model, and the sum of what their `work_s` was when they began to."""
-        line = self._lines.get(model)
-        return (0, 0.0) if line is None else (len(line.ranks), line.work_s)
+        """Requests that wait for the model, and the sum of their predicted work in seconds."""
+        queue = self._queues.get(model)
+        return (0, 0.0) if queue is None else (len(queue.since), queue.work_s)
 
-    def enqueue(
-        self,
-        request_id: RequestId,
-        *,
-        model: ModelId,
-        priority: int,
-        deadline_s: float | None,
-        now_s: float,
-        work_s: float,
-        retry_after_s: float,
-        is_begun: bool = False,
-    ) -> None:
-        """Admits a request. Raises DeadlineError where its time is over, OverloadedError where the model's line is full.
-
-        One that `is_begun` is a further part of one that was admitted: no full line refuses it.
-        """
+    def check_room(self, model: ModelId, *, deadline_s: float | None, now_s: float, retry_after_s: Callable[[], float]) -> None:
+        """Raises DeadlineError where its time is over, OverloadedError where as many wait for the model as may."""
         if deadline_s is not None and deadline_s <= now_s:
             raise DeadlineError("admission")
         queued, _ = self.queued_for(model)
-        if queued >= self.max_queued_requests and not is_begun:
+        if queued >= self.max_queued_requests:
             raise OverloadedError(
                 f"{queued} requests wait for model {model!r} already, the limit is max_queued_requests={self.max_queued_requests}",
-                retry_after_s=retry_after_s,
+                retry_after_s=retry_after_s(),
             )
-        self._arrivals += 1
-        rank = (priority, self._arrivals, request_id)
-        self._tickets[request_id] = _Ticket(rank=rank, model=model, deadline_s=inf if deadline_s is None else deadline_s)
-        self.wait_again(request_id, now_s=now_s, work_s=work_s)
 
-    def waiting(self, models: Iterable[ModelId]) -> tuple[RequestId, ...]:
-        """Who waits for one of `models`, first in line first. O(those)."""
-        lines = [self._lines[model].ranks for model in models if model in self._lines]
-        return tuple(request_id for _, _, request_id in merge(*lines))
+    def enqueue(self, request_id: RequestId, *, model: ModelId, deadline_s: float | None, now_s: float, work_s: float) -> None:
+        """A new request waits from now on; `check_room` has been asked where it may be refused."""
+        self._tickets[request_id] = _Ticket(model=model, deadline_s=inf if deadline_s is None else deadline_s)
+        self.wait_again(request_id, now_s=now_s, work_s=work_s)
 
     def waiting_since(self, model: ModelId, until_s: float) -> tuple[RequestId, ...]:
         """Who waits for the model since `until_s` or longer, longest first."""
-        line = self._lines.get(model)
-        if line is None:
+        queue = self._queues.get(model)
+        if queue is None:
             return ()
-        return tuple(request_id for _, request_id in line.since[: bisect_right(line.since, until_s, key=_time_s)])
+        return tuple(request_id for _, request_id in queue.since[: bisect_right(queue.since, until_s, key=_time_s)])
 
     def start(self, request_id: RequestId) -> None:
         """The waiting request is dispatched. Raises ValueError where it does not wait."""
         ticket = self._tickets[request_id]
         if ticket.waits_since_s is None:
             raise ValueError(f"{request_id} does not wait")
-        line = self._lines[ticket.model]
-        del line.ranks[bisect_left(line.ranks, ticket.rank)]
-        del line.since[bisect_left(line.since, (ticket.waits_since_s, request_id))]
+        queue = self._queues[ticket.model]
+        del queue.since[bisect_left(queue.since, (ticket.waits_since_s, request_id))]
         del self._deadlines[bisect_left(self._deadlines, (ticket.deadline_s, request_id))]
-        line.work_s -= ticket.work_s
-        if not line.ranks:
-            del self._lines[ticket.model]
+        queue.work_s -= ticket.work_s
+        if not queue.since:
+            del self._queues[ticket.model]
         ticket.waits_since_s = None
         self._queued -= 1
 
     def wait_again(self, request_id: RequestId, *, now_s: float, work_s: float) -> None:
-        """The running request waits for another worker, at its old rank; not bound by the queue's limit, for it has been admitted."""
+        """The running request waits for another worker; not bound by the queue's limit, for it has been admitted."""
         ticket = self._tickets[request_id]
         ticket.waits_since_s, ticket.work_s = now_s, work_s
-        line = self._lines.setdefault(ticket.model, _Line())
-        insort(line.ranks, ticket.rank)
-        insort(line.since, (now_s, request_id))
+        queue = self._queues.setdefault(ticket.model, _Queue())
+        insort(queue.since, (now_s, request_id))
         insort(self._deadlines, (ticket.deadline_s, request_id))
-        line.work_s += work_s
+        queue.work_s += work_s
         self._queued += 1
 
     def end(self, request_id: RequestId) -> None:
@@ -153,12 +128,11 @@ class Admission:
         waiting = {request_id: ticket for request_id, ticket in self._tickets.items() if ticket.waits_since_s is not None}
         assert len(waiting) == self._queued, "the count of those that wait is wrong"
         assert self._deadlines == sorted((ticket.deadline_s, request_id) for request_id, ticket in waiting.items()), "deadlines are wrong"
-        assert set(self._lines) == {ticket.model for ticket in waiting.values()}, "a line is missing, or nobody is in it"
-        for model, line in self._lines.items():
+        assert set(self._queues) == {ticket.model for ticket in waiting.values()}, "a queue is missing, or nobody is in it"
+        for model, queue in self._queues.items():
             own = {request_id: ticket for request_id, ticket in waiting.items() if ticket.model == model}
-            assert line.ranks == sorted(ticket.rank for ticket in own.values()), "a line is out of order"
-            assert line.since == sorted((ticket.waits_since_s, request_id) for request_id, ticket in own.items()), "times are wrong"
-            assert isclose(line.work_s, sum(ticket.work_s for ticket in own.values()), abs_tol=1e-6), "the work is not the sum"
+            assert queue.since == sorted((ticket.waits_since_s, request_id) for request_id, ticket in own.items()), "times are wrong"
+            assert isclose(queue.work_s, sum(ticket.work_s for ticket in own.values()), abs_tol=1e-6), "the work is not the sum"
             assert len(own) <= MAX_CHOICES * (self.max_queued_requests + self.max_running_requests), "more wait than may"
         assert self.running_requests <= self.max_running_requests, "more are dispatched than may be"
 

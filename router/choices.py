@@ -30,7 +30,7 @@ class Choices:
         self._sink = sink
         self._request = request
         choices = request.sampling.n
-        self._messages: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=choices)
+        self._messages: asyncio.Queue[inference_pb2.GenerateResponse | None] = asyncio.Queue(maxsize=choices)
         self._has_begun = asyncio.Event()
         self._output_tokens = 0  # of the choices that have ended
         if choices == 1:
@@ -66,18 +66,18 @@ class Choices:
         return _merged(self._request, receipts)
 
     async def _write(self) -> None:
-        """The only one that writes to the call."""
-        while (payload := await self._messages.get()) is not None:
-            await self._sink.write(payload)
+        """The only one that writes to the call. Usage counts the output of the choices that have ended, in the order of what is sent."""
+        while (message := await self._messages.get()) is not None:
+            if message.HasField("usage"):
+                self._output_tokens += message.usage.output_tokens
+                message.usage.output_tokens = self._output_tokens
+            await self._sink.write(message.SerializeToString())
 
     async def _take(self, index: int, payload: bytes) -> None:
-        """One choice's message, under its own index. Usage counts the output of the choices that have ended."""
+        """One choice's message, under its own index."""
         message = parse_answer(inference_pb2.GenerateResponse, payload)
         message.choice_index = index
-        if message.HasField("usage"):
-            self._output_tokens += message.usage.output_tokens
-            message.usage.output_tokens = self._output_tokens
-        await self._messages.put(message.SerializeToString())
+        await self._messages.put(message)
         self._has_begun.set()
 
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from tandem.errors import CancelledRequestError
+from tandem.errors import CancelledRequestError, Reason
 
-STALL_S = 60.0  # a client that takes nothing for so long holds an engine's slot for nobody
 _LAST_WORD_S = 1.0
 
 
@@ -20,7 +19,7 @@ class EventStream:
     Methods that send raise CancelledRequestError where the client has gone, or has taken nothing for `stall_s`.
     """
 
-    def __init__(self, request: web.Request, headers: Mapping[str, str], stall_s: float = STALL_S) -> None:
+    def __init__(self, request: web.Request, headers: Mapping[str, str], stall_s: float) -> None:
         self._request = request
         self._stall_s = stall_s
         self._started: asyncio.Future[None] | None = None
@@ -60,7 +59,7 @@ class EventStream:
                 await self._start()
                 await self.response.write(data)
         except TimeoutError as error:
-            raise CancelledRequestError(f"the client has read nothing for {stall_s:g} s") from error
+            raise CancelledRequestError(f"the client has read nothing for {stall_s:g} s", reason=Reason.CLIENT_STALLED) from error
         except ConnectionError as error:
             raise CancelledRequestError from error
 

@@ -97,6 +97,10 @@ class Fleet:
         """Replicas that take new requests, by id."""
         return self._ready.get((model, role), ())
 
+    def ready_count(self, model: ModelId) -> int:
+        """Replicas of the model, of either role, that take new requests."""
+        return sum(len(self._ready.get((model, role), ())) for role in Role)
+
     def is_ready(self, model: ModelId) -> bool:
         """Whether a replica of the model, of either role, takes new requests."""
         return any((model, role) in self._ready for role in Role)
@@ -104,6 +108,11 @@ class Fleet:
     def last_lease(self, model: ModelId) -> Lease | None:
         """The lease of any replica of the model, the last one seen; None where none was."""
         return self._models.get(model)
+
+    def is_taking(self, lease: Lease) -> bool:
+        """Whether that incarnation takes new requests still."""
+        known = self._leases.get(lease.replica_id)
+        return known is not None and known.incarnation == lease.incarnation and known.state is ReplicaState.READY
 
     def unserved_s(self, model: ModelId, now_s: float) -> float | None:
         """Seconds for which no replica of the model has been ready; None where one is."""

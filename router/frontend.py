@@ -24,6 +24,8 @@ _UNKNOWN_MODEL = "unknown"  # a label must not be what a client made up
 class Call(Protocol):
     """One client's call, whatever it came by. When the client goes, the task that serves it is cancelled."""
 
+    tenant: str  # by the caller's key
+
     def time_remaining_s(self) -> float | None:
         """Seconds until the client's deadline; None where it gave none."""
 
@@ -53,10 +55,11 @@ class Frontend:
                 deadline.remaining_s("arrival")
                 lease = await self._shell.lease_for(message.model, deadline)
                 model = lease.model
-                request = await read_request(message, lease, self._tokenizers)
+                request = await read_request(message, lease, self._tokenizers, call.tenant)
                 block_hashes = await hash_in_slices(request.prompt_token_ids, lease.engine.block_size_tokens, request.cache_salt)
                 await call.accept(request, lease)
                 metrics.prompt_tokens.labels(model).inc(len(request.prompt_token_ids))
+                metrics.tenant_prompt_tokens.labels(call.tenant).inc(len(request.prompt_token_ids))
 
                 def make_relay(sink: TokenSink, request: Request) -> Relay:
                     return Relay(self._shell, self._workers, sink, request, lease.engine, arrived_s=arrived_s)
@@ -74,8 +77,10 @@ class Frontend:
             raise
         finally:
             metrics.requests.labels(model, outcome).inc()
+            metrics.tenant_requests.labels(call.tenant, outcome).inc()
             if choices is not None:
                 metrics.output_tokens.labels(model).inc(choices.sent_tokens)
+                metrics.tenant_output_tokens.labels(call.tenant).inc(choices.sent_tokens)
 
     def _observe(self, model: ModelId, receipt: Receipt) -> None:
         metrics = self._shell.metrics

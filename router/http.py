@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from router.access import Access
 from router.http_body import MAX_BODY_BYTES
 from router.http_calls import HTTP_CALL, HttpCall, HttpCalls
 from router.openai_request import body_param, read_request_id
@@ -26,12 +27,14 @@ _SHUTDOWN_GRACE_S = 2.0
 _CLEANUP_S = 0.1
 _MAX_PORT = 65_535
 _REQUEST_ID = "x-request-id"
+_WITH_KEY = "/v1/"  # what operators and Prometheus ask needs no key
 _CLIENT_GONE = 499  # nginx's number; nobody reads it
 
 _STATUS: Mapping[Code, int] = {
     Code.INVALID_ARGUMENT: 400,
     Code.NOT_FOUND: 404,
     Code.UNAUTHENTICATED: 401,
+    Code.PERMISSION_DENIED: 403,
     Code.FAILED_PRECONDITION: 409,
     Code.RESOURCE_EXHAUSTED: 429,
     Code.UNAVAILABLE: 503,
@@ -45,6 +48,7 @@ _STATUS: Mapping[Code, int] = {
 # OpenAI's names; whatever else is wrong with a request is an invalid_request_error, with us a server_error.
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
     429: "rate_limit_error",
@@ -56,6 +60,8 @@ _CODES: Mapping[Reason, str] = {
     Reason.UNKNOWN_MODEL: "model_not_found",
     Reason.PROMPT_TOO_LONG: "context_length_exceeded",
     Reason.QUEUE_FULL: "rate_limit_exceeded",
+    Reason.TENANT_QUOTA: "rate_limit_exceeded",
+    Reason.BAD_KEY: "invalid_api_key",
 }
 _RETRY_STATUSES = (429, 503)
 
@@ -92,6 +98,11 @@ def retry_headers(error: TandemError) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(wait_s))), "Retry-After-Ms": str(max(1, math.ceil(1000 * wait_s)))}
 
 
+def _key_headers(error: TandemError) -> dict[str, str]:
+    """What a caller without a key is to send (RFC 6750, section 3)."""
+    return {"WWW-Authenticate": "Bearer"} if error.code is Code.UNAUTHENTICATED else {}
+
+
 class HttpServer:
     """A listening HTTP server; `port` is the one it got."""
 
@@ -114,11 +125,16 @@ class HttpServer:
         await self._runner.cleanup()
 
 
-async def start_http(host: str, port: int, routes: Sequence[web.RouteDef], calls: HttpCalls, metrics: RouterMetrics) -> HttpServer:
-    """Listens on host:port (0: any free port). Raises ConfigError naming the port where it is taken."""
+async def start_http(
+    host: str, port: int, routes: Sequence[web.RouteDef], calls: HttpCalls, metrics: RouterMetrics, access: Access | None = None
+) -> HttpServer:
+    """Listens on host:port (0: any free port). Routes below /v1/ ask for a key where `access` does.
+
+    Raises ConfigError naming the port where it is taken.
+    """
     if not 0 <= port <= _MAX_PORT:  # uvloop would wrap it round
         raise ConfigError(f"--http-port must be from 0 to {_MAX_PORT}, got {port}")
-    app = web.Application(middlewares=[_guard(metrics)], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[_guard(metrics, access or Access((), metrics))], client_max_size=MAX_BODY_BYTES)
     app.add_routes(routes)
     protocol_logger = logging.getLogger(f"{__name__}.protocol")
     protocol_logger.addFilter(_without_words)
@@ -140,7 +156,7 @@ def _without_words(record: logging.LogRecord) -> bool:
     return True
 
 
-def _guard(metrics: RouterMetrics) -> Middleware:
+def _guard(metrics: RouterMetrics, access: Access) -> Middleware:
     """The one place where our errors, aiohttp's and bugs become an answer."""
 
     @web.middleware
@@ -148,7 +164,7 @@ def _guard(metrics: RouterMetrics) -> Middleware:
         call = request[HTTP_CALL] = HttpCall(read_request_id(request.headers))
         status = _CLIENT_GONE
         try:
-            response = await _answer(request, handler, call)
+            response = await _answer(request, handler, call, access)
             status = response.status
             return response
         finally:
@@ -158,8 +174,11 @@ def _guard(metrics: RouterMetrics) -> Middleware:
     return guard
 
 
-async def _answer(request: web.Request, handler: Handler, call: HttpCall) -> web.StreamResponse:
+async def _answer(request: web.Request, handler: Handler, call: HttpCall, access: Access) -> web.StreamResponse:
     try:
+        resource = request.match_info.route.resource
+        if resource is not None and resource.canonical.startswith(_WITH_KEY):
+            call.tenant = access.tenant(request.headers)
         response = await handler(request)
         if not response.prepared:
             response.headers[_REQUEST_ID] = call.request_id
@@ -182,7 +201,7 @@ async def _answer(request: web.Request, handler: Handler, call: HttpCall) -> web
 async def _refuse(error: TandemError, call: HttpCall) -> web.StreamResponse:
     body = msgspec.json.encode(tandem_error_object(error))
     if call.events is None or not call.events.has_started:
-        return _json(body, http_status(error), {_REQUEST_ID: call.request_id, **retry_headers(error)})
+        return _json(body, http_status(error), {_REQUEST_ID: call.request_id, **retry_headers(error), **_key_headers(error)})
     if error.code is Code.CANCELLED:
         call.events.abort()
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from router.event_stream import EventStream
+from tandem.domain import DEFAULT_TENANT
 from tandem.errors import DeadlineError, Reason, UnavailableError
 
 _LAST_WORDS_S = 0.5  # after the grace of 2 s; a cluster that ends kills its routers after 3 s
@@ -18,9 +19,10 @@ _LAST_WORDS_S = 0.5  # after the grace of 2 s; a cluster that ends kills its rou
 
 @dataclass(slots=True)
 class HttpCall:
-    """One call: its id, and its event stream where it is answered by one."""
+    """One call: its id, whose it is, and its event stream where it is answered by one."""
 
     request_id: str
+    tenant: str = DEFAULT_TENANT
     events: EventStream | None = None
 
 

@@ -1,8 +1,9 @@
 """What the core tells the shell to do, and what it tells of its state. Values only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tandem.domain import Lease, Plan, RequestId, WorkerLoad
+from tandem.domain import BlockHash, Lease, Namespace, Plan, RequestId, WorkerLoad
 from tandem.errors import TandemError
 
 
@@ -35,7 +36,21 @@ class Reject:
     error: TandemError
 
 
-Instruction = Dispatch | Abandon | Reject
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPrefix:
+    """Have a node's store fetch these leading blocks from another node's, and report its end.
+
+    No request waits for it: `request_id` is the one that made it due.
+    """
+
+    request_id: RequestId
+    namespace: Namespace
+    block_hashes: Sequence[BlockHash]
+    source_node: str
+    target_node: str
+
+
+Instruction = Dispatch | Abandon | Reject | CopyPrefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

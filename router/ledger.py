@@ -4,16 +4,17 @@ view = the replica's last totals + own dispatches it has not stamped ACCEPTED - 
 Stamps come on one ordered stream with the totals, so each request is counted exactly once. Must not choose or forget requests.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tandem.domain import ReplicaId, RequestId, Stamp, StampKind, WorkerLoad
 
 BookingKey = tuple[RequestId, int]  # request and attempt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaLoad:
+class ReplicaLoad(NamedTuple):
     """One replica's work: all routers', this one's own to the latest."""
 
     pending_prefill_tokens: int = 0
@@ -50,9 +51,13 @@ class _Account:
     prefill_tokens: int = 0  # the three corrections: sums of sign x booking
     requests: int = 0
     kv_tokens: int = 0
+    view: ReplicaLoad | None = None  # as it is now, once it was asked for
 
     def count(self, booking: _Booking, times: int) -> None:
         sign = booking.sign * times
+        if not sign:
+            return
+        self.view = None
         self.prefill_tokens += sign * booking.prefill_tokens
         self.requests += sign
         self.kv_tokens += sign * booking.kv_tokens
@@ -64,6 +69,7 @@ class Ledger:
     def __init__(self, settle_s: float) -> None:
         self._settle_s = settle_s
         self._accounts: dict[ReplicaId, _Account] = {}
+        self._released: deque[tuple[float, _Account, BookingKey]] = deque()  # when, in this order; some are settled since
 
     def add_replica(self, replica_id: ReplicaId, incarnation: int) -> None:
         """Opens an empty account; one of another incarnation is closed with all its bookings."""
@@ -107,6 +113,8 @@ class Ledger:
         account.count(booking, 1)
         if booking.is_finished:
             del account.bookings[key]
+        else:
+            self._released.append((now_s, account, key))
 
     def report(self, replica_id: ReplicaId, incarnation: int, sequence: int, load: WorkerLoad | None, stamps: Iterable[Stamp] = ()) -> bool:
         """Takes a replica's totals (None: as before) and stamps. False: of another incarnation or older than the last, not believed."""
@@ -117,7 +125,7 @@ class Ledger:
             self._doubt(account)
         account.sequence = sequence
         if load is not None:
-            account.load = load
+            account.load, account.view = load, None
         for stamp in stamps:
             self._stamp(account, stamp)
         return True
@@ -148,22 +156,27 @@ class Ledger:
             account.count(booking, 1)
 
     def expire(self, now_s: float) -> None:
-        """Gives up waiting for the stamps of requests released longer than the settle time ago."""
-        for account in self._accounts.values():
-            for key, booking in list(account.bookings.items()):
-                if booking.released_s is not None and now_s - booking.released_s >= self._settle_s:
-                    account.count(booking, -1)
-                    del account.bookings[key]
+        """Gives up waiting for the stamps of requests released longer than the settle time ago; O(those)."""
+        released = self._released
+        while released and now_s - released[0][0] >= self._settle_s:
+            released_s, account, key = released.popleft()
+            booking = account.bookings.get(key)
+            if booking is not None and booking.released_s == released_s:
+                account.count(booking, -1)
+                del account.bookings[key]
 
     def view(self, replica_id: ReplicaId) -> ReplicaLoad:
         """The replica's work now; nothing is negative. Raises KeyError for an unknown replica."""
         account = self._accounts[replica_id]
-        load = account.load
-        return ReplicaLoad(
-            pending_prefill_tokens=max(0, load.pending_prefill_tokens + account.prefill_tokens),
-            running_requests=max(0, load.running_requests + account.requests),
-            kv_tokens=max(0, load.kv_tokens + account.kv_tokens),
-        )
+        view = account.view
+        if view is None:
+            load = account.load
+            view = account.view = ReplicaLoad(
+                pending_prefill_tokens=max(0, load.pending_prefill_tokens + account.prefill_tokens),
+                running_requests=max(0, load.running_requests + account.requests),
+                kv_tokens=max(0, load.kv_tokens + account.kv_tokens),
+            )
+        return view
 
     def reported(self, replica_id: ReplicaId) -> WorkerLoad:
         """The replica's last totals as they came. Raises KeyError for an unknown replica."""

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 from router.config import RouterConfig
 from router.fleet import Fleet
-from router.ledger import Ledger, ReplicaLoad
+from router.ledger import Ledger
 from router.tracked import Tracked
-from tandem.domain import Lease, ModelId, ReplicaId, ReplicaState, Role
+from tandem.domain import Lease, ModelId, ReplicaState, Role
 
 _AT_ONCE = 8  # off one replica in a tick: each costs its next worker a step over the tail of its tokens
 _MIN_REQUESTS_APART = 4  # fewer is chance, and a move costs more than it brings
@@ -58,18 +58,15 @@ class Moves:
 
     def _apart(self, leases: Sequence[Lease]) -> tuple[Lease, int] | None:
         """The most crowded replica and how many KV tokens more it holds than the least, where that is too many."""
-        loads: dict[ReplicaId, ReplicaLoad] = {lease.replica_id: self._ledger.view(lease.replica_id) for lease in leases}
-
-        def use(lease: Lease) -> tuple[float, ReplicaId]:
-            return loads[lease.replica_id].kv_tokens / _room_tokens(lease), lease.replica_id
-
-        crowded, idle = max(leases, key=use), min(leases, key=use)
-        more, less = loads[crowded.replica_id], loads[idle.replica_id]
-        if more.running_requests - less.running_requests < _MIN_REQUESTS_APART:
+        loads = [self._ledger.view(lease.replica_id) for lease in leases]
+        uses = [(load.kv_tokens / _room_tokens(lease), lease.replica_id) for lease, load in zip(leases, loads, strict=True)]
+        most, least = max(uses), min(uses)
+        if most[0] - least[0] < self._config.rebalance_gap_fraction:
             return None
-        if use(crowded)[0] - use(idle)[0] < self._config.rebalance_gap_fraction:
+        crowded, idle = uses.index(most), uses.index(least)
+        if loads[crowded].running_requests - loads[idle].running_requests < _MIN_REQUESTS_APART:
             return None
-        return crowded, more.kv_tokens - less.kv_tokens
+        return leases[crowded], loads[crowded].kv_tokens - loads[idle].kv_tokens
 
 
 def _best(tracked: Iterable[Tracked], crowded: Lease, gap_tokens: int) -> Tracked | None:

@@ -18,8 +18,15 @@ class PromptCall:
     """One prompt of an HTTP request, as a call of the frontend. `changed` is told of the choice that has new output."""
 
     def __init__(
-        self, wanted: OpenAiRequest, number: int, deadline: Deadline, tokenizers: Tokenizers, changed: "Changed | None" = None
+        self,
+        wanted: OpenAiRequest,
+        number: int,
+        deadline: Deadline,
+        tokenizers: Tokenizers,
+        tenant: str,
+        changed: "Changed | None" = None,
     ) -> None:
+        self.tenant = tenant
         self._wanted = wanted
         self._deadline = deadline
         self._tokenizers = tokenizers

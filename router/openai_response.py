@@ -178,6 +178,7 @@ def receipt_object(receipt: Receipt) -> JsonObject:
     return {name: getattr(receipt, name) for name in _RECEIPT_FIELDS}
 
 
-def model_object(model: str, *, context_tokens: int | None, created: int) -> JsonObject:
-    """One entry of the list of models; `max_model_len` is vLLM's name for the context, null before a replica has told it."""
-    return {"id": model, "object": "model", "created": created, "owned_by": "tandem", "root": model, "max_model_len": context_tokens}
+def model_object(model: str, *, context_tokens: int | None, created: int, engine: str | None = None) -> JsonObject:
+    """One entry of the list of models; `max_model_len` is vLLM's name for the context. A replica tells it and `engine`, null before."""
+    card: JsonObject = {"id": model, "object": "model", "created": created, "owned_by": "tandem", "root": model}
+    return {**card, "max_model_len": context_tokens, "engine": engine}

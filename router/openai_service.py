@@ -69,7 +69,13 @@ class OpenAiService:
 
     def _model(self, model: ModelId) -> JsonObject:
         lease = self._shell.core.fleet.last_lease(model)
-        return model_object(model, context_tokens=None if lease is None else lease.engine.context_tokens, created=self._created)
+        engine = None if lease is None else lease.engine
+        return model_object(
+            model,
+            context_tokens=None if engine is None else engine.context_tokens,
+            created=self._created,
+            engine=None if engine is None else engine.engine,
+        )
 
     async def _serve(self, request: web.Request, form: Format, read: Callable[[bytes, Hints], OpenAiRequest]) -> web.StreamResponse:
         hints = read_hints(request.headers, request[HTTP_CALL].request_id)
@@ -78,7 +84,7 @@ class OpenAiService:
             wanted = await self._bodies.parse(request, lambda body: read(body, hints))
             if wanted.is_stream:
                 return await self._stream(request, form, wanted, hints, deadline)
-            answer = self._answer(form, wanted, hints, deadline)
+            answer = self._answer(request, form, wanted, hints, deadline)
             await self._run(wanted, answer)
             whole = answer.whole()
             if hints.wants_receipt:
@@ -88,12 +94,13 @@ class OpenAiService:
     async def _stream(
         self, request: web.Request, form: Format, wanted: OpenAiRequest, hints: Hints, deadline: Deadline
     ) -> web.StreamResponse:
-        events = request[HTTP_CALL].events = EventStream(request, {"x-request-id": hints.request_id})
+        stall_s = self._shell.config.client_stall_s
+        events = request[HTTP_CALL].events = EventStream(request, {"x-request-id": hints.request_id}, stall_s)
 
         async def send(call: PromptCall, choice: Choice) -> None:
             await events.send(msgspec.json.encode(answer.chunk(call, choice)))
 
-        answer = self._answer(form, wanted, hints, deadline, send)
+        answer = self._answer(request, form, wanted, hints, deadline, send)
         await self._run(wanted, answer)
         if wanted.wants_usage:
             last = answer.last_chunk()
@@ -105,8 +112,17 @@ class OpenAiService:
         await events.send(b"[DONE]")
         return events.response
 
-    def _answer(self, form: Format, wanted: OpenAiRequest, hints: Hints, deadline: Deadline, changed: Changed | None = None) -> Answer:
-        calls = [PromptCall(wanted, number, deadline, self._tokenizers, changed) for number in range(len(wanted.messages))]
+    def _answer(
+        self,
+        request: web.Request,
+        form: Format,
+        wanted: OpenAiRequest,
+        hints: Hints,
+        deadline: Deadline,
+        changed: Changed | None = None,
+    ) -> Answer:
+        tenant = request[HTTP_CALL].tenant
+        calls = [PromptCall(wanted, number, deadline, self._tokenizers, tenant, changed) for number in range(len(wanted.messages))]
         return Answer(form, wanted, calls, request_id=hints.request_id, created=int(time.time()))
 
     async def _run(self, wanted: OpenAiRequest, answer: Answer) -> None:

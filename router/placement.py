@@ -1,129 +1,99 @@
-"""Where one request runs: prefill and decode worker picked together, by predicted seconds. Ties go to the lower id.
+"""What a choice is made from and what it comes to: where a prompt waits to be computed, and where its request then runs.
 
-Must not book, queue or forget anything: candidates in, a placement out.
+Must not choose, book or queue: values only. `planner.py` makes them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from router.ledger import ReplicaLoad
-from router.predict import Predictor
-from tandem.domain import Lease, ModelId
+from router.interval import Interval
+from router.output_length import OutputEstimate
+from router.prefix_index import StoreHolder
+from tandem.domain import Lease, PredictedTerm, ReplicaId
 
 SHORT_PROMPT = "short_prompt"
 CONTINUATION = "continuation"  # its blocks are in the store: what is left to compute is a tail
+QUICKER = "one_worker_quicker"  # than two and a hand-off, what it costs others on the decode worker included
 NO_PREFILL_WORKER = "no_prefill_worker"
 NO_DECODE_WORKER = "no_decode_worker"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A ready replica, its work, and how much of the prompt it is believed to have cached."""
+class Considered(NamedTuple):
+    """One candidate for the prompt, in predicted seconds; for `tandem explain`. A decision makes some twenty."""
 
     lease: Lease
-    load: ReplicaLoad
-    cached_tokens: int = 0
+    cached_tokens: int
+    ahead_s: float
+    own_s: float
+    others_s: float  # what the prompt delays there
+    is_one_worker: bool
+    fetched_tokens: int = 0  # of the cached ones: from another node's store, which is quicker than to compute them
+    wait_s: float = 0.0  # for those, beyond the work ahead
+
+    @property
+    def total_s(self) -> float:
+        """What candidates are compared by, where a time model decides."""
+        return self.ahead_s + self.wait_s + self.own_s + self.others_s
+
+    def terms(self) -> tuple[PredictedTerm, ...]:
+        """By name, for the wire."""
+        named = {
+            "ahead_s": self.ahead_s,
+            "wait_s": self.wait_s,
+            "own_s": self.own_s,
+            "others_s": self.others_s,
+            "total_s": self.total_s,
+            "cached_tokens": self.cached_tokens,
+            "fetched_tokens": self.fetched_tokens,
+        }
+        return tuple(PredictedTerm(name=name, predicted=float(value)) for name, value in named.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is to be placed. `total_tokens` is prompt plus resumed output."""
+class Assignment:
+    """The worker in whose line a request waits. `prefill` is ranked, that worker first; empty: it does both parts."""
 
-    model: ModelId
-    total_tokens: int
-    expected_output_tokens: int
-    one_worker_reason: str | None
-    handoff_min_tokens: int
+    worker: Lease
+    prefill: tuple[Lease, ...]
+    one_worker_reason: str
+    policy: str
+    cached_tokens: int  # of the prompt, on that worker or in a store
+    uncached_tokens: int  # what it must compute
+    own_s: float  # seconds of that, a worker's fixed cost included
+    work_s: float  # of the engine alone: what it delays those behind it
+    ahead_s: float  # of what goes before it, there and in the line
+    is_guess: bool  # made before the worker's pool had shown what its steps take
+    queue: Interval  # in the router's line
+    ttft: Interval
+    considered: tuple[Considered, ...]
+    wait_s: float = 0.0  # for blocks of another node's store, beyond the work ahead
+    stored: Mapping[StoreHolder, int] = field(default_factory=dict)  # the prompt's leading blocks in each node's store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The choice, and the features its predictions were made from."""
+    """Where an attempt runs, and what was predicted of it when it was dispatched."""
 
+    assignment: Assignment
     prefill: tuple[Lease, ...]  # best first; empty: the decode worker does both
     decode: Lease
-    one_worker_reason: str
-    cached_tokens: int  # of the prompt, on the worker that prefills
-    uncached_tokens: int  # what it must compute
-    ahead_tokens: int  # pending prefill in front of it there
+    is_same_node: bool
     batch_requests: int  # of the decode worker, this one included
     kv_tokens: int
-    backlog_s: float
-    prefill_s: float  # backlog included, as the worker's receipt has it
-    tpot_s: float
+    backlog_s: float  # the part of prefill that is spent behind others
+    prefill_s: Interval  # backlog included, as the worker's receipt has it
+    tpot: Interval
+    handoff_gap: Interval | None
+    e2e: Interval
+    output: OutputEstimate
 
+    @property
+    def worker_ids(self) -> tuple[ReplicaId, ReplicaId]:
+        """Who computes the prompt, who the rest; often the same."""
+        return self.worker.replica_id, self.decode.replica_id
 
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    uncached_tokens: int
-    ahead_tokens: int
-    backlog_s: float
-    prefill_s: float
-
-
-def place(
-    job: Job, prefill: Sequence[Candidate], decode: Sequence[Candidate], predictor: Predictor, max_prefill_candidates: int
-) -> Placement | None:
-    """The least predicted seconds among ready workers; None where there are none. O(n log n)."""
-    if not decode:
-        return _on_one_worker(job, prefill, predictor, NO_DECODE_WORKER) if prefill else None
-    reason = _one_worker_reason(job, has_prefill=bool(prefill))
-    if reason is not None:
-        return _on_one_worker(job, decode, predictor, reason)
-    ranked = sorted(prefill, key=lambda candidate: (_prefill_seconds(job, candidate, predictor).prefill_s, candidate.lease.replica_id))
-    chosen = min(decode, key=lambda candidate: (*_decode_cost(job, candidate, predictor), candidate.lease.replica_id))
-    return _placement(job, ranked[0], chosen, predictor, tuple(candidate.lease for candidate in ranked[:max_prefill_candidates]), "")
-
-
-def _one_worker_reason(job: Job, *, has_prefill: bool) -> str | None:
-    if job.total_tokens < job.handoff_min_tokens:
-        return SHORT_PROMPT
-    if job.one_worker_reason is not None:
-        return job.one_worker_reason
-    return None if has_prefill else NO_PREFILL_WORKER
-
-
-def _on_one_worker(job: Job, candidates: Sequence[Candidate], predictor: Predictor, reason: str) -> Placement:
-    """One worker does both: least seconds to the last expected token."""
-
-    def cost(candidate: Candidate) -> tuple[bool, float, int, str]:
-        is_short, tpot_s, running = _decode_cost(job, candidate, predictor)
-        seconds = _prefill_seconds(job, candidate, predictor).prefill_s + tpot_s * job.expected_output_tokens
-        return is_short, seconds, running, candidate.lease.replica_id
-
-    chosen = min(candidates, key=cost)
-    return _placement(job, chosen, chosen, predictor, (), reason)
-
-
-def _placement(job: Job, first: Candidate, decode: Candidate, predictor: Predictor, prefill: tuple[Lease, ...], reason: str) -> Placement:
-    seconds = _prefill_seconds(job, first, predictor)
-    return Placement(
-        prefill=prefill,
-        decode=decode.lease,
-        one_worker_reason=reason,
-        cached_tokens=first.cached_tokens,
-        uncached_tokens=seconds.uncached_tokens,
-        ahead_tokens=seconds.ahead_tokens,
-        batch_requests=decode.load.running_requests + 1,
-        kv_tokens=decode.load.kv_tokens + job.total_tokens,
-        backlog_s=seconds.backlog_s,
-        prefill_s=seconds.prefill_s,
-        tpot_s=_decode_cost(job, decode, predictor)[1],
-    )
-
-
-def _prefill_seconds(job: Job, candidate: Candidate, predictor: Predictor) -> _Prefill:
-    uncached_tokens = max(1, job.total_tokens - candidate.cached_tokens)  # the last token is always computed
-    ahead_tokens = candidate.load.pending_prefill_tokens
-    backlog_s = predictor.backlog_s(job.model, ahead_tokens)
-    own_s = predictor.prefill_s(job.model, uncached_tokens=uncached_tokens, context_tokens=job.total_tokens)
-    return _Prefill(uncached_tokens, ahead_tokens, backlog_s, backlog_s + own_s)
-
-
-def _decode_cost(job: Job, candidate: Candidate, predictor: Predictor) -> tuple[bool, float, int]:
-    """Short of KV room (it would preempt), seconds per token, running requests: compared in this order."""
-    engine, load = candidate.lease.engine, candidate.load
-    kv_tokens = load.kv_tokens + job.total_tokens
-    room_tokens = engine.kv_blocks * engine.block_size_tokens
-    tpot_s = predictor.tpot_s(job.model, batch_requests=load.running_requests + 1, kv_tokens=kv_tokens)
-    return kv_tokens + job.expected_output_tokens > room_tokens, tpot_s, load.running_requests
+    @property
+    def worker(self) -> Lease:
+        """Who computes the prompt."""
+        return self.prefill[0] if self.prefill else self.decode

@@ -6,9 +6,12 @@ Must not measure: times come in.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from router.placement import Placement
-from router.predict import Predictor
-from tandem.domain import PredictedTerm, Receipt, Request
+from router.interval import PredictionKind
+from router.output_length import OutputLengths
+from router.placement import Assignment, Placement
+from router.predict import LoadPredictor
+from router.tracked import Tracked
+from tandem.domain import PredictedTerm, Receipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,16 +28,26 @@ class Timeline:
     first_token_attempt: int | None
 
 
-def predicted_terms(placement: Placement, predicted_queue_s: float) -> tuple[PredictedTerm, ...]:
-    """Seconds by the receipt's names; backlog_s is the part of prefill_s that is spent behind other requests."""
+def predicted_terms(placement: Placement, first: Assignment) -> tuple[PredictedTerm, ...]:
+    """By the receipt's names; `first` was made at arrival. `backlog_s` is the part of `prefill_s` that is spent behind other requests.
+
+    Names that end in `_q90_s` are what nine in ten should stay within.
+    """
     terms = {
-        "queue_s": predicted_queue_s,
+        "queue_s": first.queue.mean_s,
         "backlog_s": placement.backlog_s,
-        "prefill_s": placement.prefill_s,
-        "ttft_s": predicted_queue_s + placement.prefill_s,
-        "tpot_s": placement.tpot_s,
+        "prefill_s": placement.prefill_s.mean_s,
+        "ttft_s": first.ttft.mean_s,
+        "ttft_q90_s": first.ttft.q90_s,
+        "tpot_s": placement.tpot.mean_s,
+        "tpot_q90_s": placement.tpot.q90_s,
+        "e2e_s": placement.e2e.mean_s,
+        "e2e_q90_s": placement.e2e.q90_s,
+        "output_tokens": placement.output.mean_tokens,
     }
-    return tuple(PredictedTerm(name=name, predicted=seconds) for name, seconds in terms.items())
+    if placement.handoff_gap is not None:
+        terms["handoff_gap_s"] = placement.handoff_gap.mean_s
+    return tuple(PredictedTerm(name=name, predicted=value) for name, value in terms.items())
 
 
 def complete_receipt(
@@ -64,27 +77,53 @@ def complete_receipt(
         router_id=router_id,
     )
     tpot_s = (last_s - first_s) / (timeline.sent_tokens - 1) if timeline.sent_tokens > 1 else None
-    actual = {"queue_s": receipt.queue_s, "prefill_s": prefill_s, "ttft_s": first_s, "tpot_s": tpot_s}
-    return replace(receipt, predicted=tuple(replace(term, actual=actual.get(term.name)) for term in predicted))
+    actual = {
+        "queue_s": receipt.queue_s,
+        "prefill_s": prefill_s,
+        "ttft_s": first_s,
+        "tpot_s": tpot_s,
+        "e2e_s": last_s,
+        "handoff_gap_s": receipt.handoff_gap_s or None,
+        "output_tokens": float(timeline.output_tokens),
+    }
+    return replace(receipt, predicted=tuple(replace(term, actual=actual.get(term.name.replace("_q90", ""))) for term in predicted))
 
 
-def learn(predictor: Predictor, request: Request, placement: Placement, receipt: Receipt) -> None:
-    """Teaches the predictor from a request that ran undisturbed. A hand-off's gap is no decode step."""
-    uncached_tokens = max(1, request.total_tokens - receipt.cached_tokens)
+def learn(predictor: LoadPredictor, lengths: OutputLengths, tracked: Tracked, receipt: Receipt, now_s: float) -> None:
+    """Teaches the predictor from a request that ran undisturbed, in one attempt. A hand-off's gap is no decode step."""
+    placement, first = tracked.placement, tracked.first_assignment
+    assert placement is not None
+    assert first is not None
+    request, model, is_guess = tracked.request, tracked.request.model, placement.assignment.is_guess
+    produced = receipt.output_tokens - len(request.resume_token_ids)
+    if receipt.ttft_s > 0.0:
+        predictor.observe(PredictionKind.QUEUE, model, first.queue, receipt.queue_s, now_s, is_guess=first.is_guess)
+        predictor.observe(PredictionKind.TTFT, model, first.ttft, receipt.ttft_s, now_s, is_guess=first.is_guess)
+        predictor.observe_dispatch(model, receipt.dispatch_s)
     if receipt.prefill_s > 0.0:
-        predictor.observe_prefill(
-            request.model,
-            uncached_tokens=uncached_tokens,
-            context_tokens=request.total_tokens,
-            ahead_tokens=placement.ahead_tokens,
-            measured_s=receipt.prefill_s,
-        )
-    steps = receipt.output_tokens - len(request.resume_token_ids) - 1 - receipt.handed_off
+        predictor.observe(PredictionKind.PREFILL, model, placement.prefill_s, receipt.prefill_s, now_s, is_guess=is_guess)
+    if receipt.handed_off and placement.handoff_gap is not None and receipt.handoff_gap_s > 0.0:
+        blocks = len(tracked.block_hashes)
+        predictor.observe(PredictionKind.HANDOFF_GAP, model, placement.handoff_gap, receipt.handoff_gap_s, now_s)
+        predictor.observe_handoff_gap(model, blocks=blocks, is_same_node=placement.is_same_node, gap_s=receipt.handoff_gap_s)
+        _learn_transfer(predictor, placement, receipt)
+    if request.sampling.n > 1:
+        return
+    steps = produced - 1 - receipt.handed_off
     decoding_s = receipt.e2e_s - receipt.ttft_s - receipt.handoff_gap_s
-    if steps > 0 and decoding_s > 0.0 and request.sampling.n == 1:
-        predictor.observe_decode(
-            request.model,
-            batch_requests=placement.batch_requests,
-            kv_tokens=placement.kv_tokens,
-            measured_s=decoding_s / steps,
-        )
+    if steps > 0 and decoding_s > 0.0:
+        predictor.observe(PredictionKind.TPOT, model, placement.tpot, decoding_s / steps, now_s)
+    if receipt.e2e_s > 0.0:
+        predictor.observe(PredictionKind.E2E, model, placement.e2e, receipt.e2e_s, now_s, is_guess=is_guess)
+    predictor.observe_output(model, placement.output, produced, now_s)
+    lengths.observe(tracked.length_key, produced, expected_tokens=request.expected_output_tokens)
+
+
+def _learn_transfer(predictor: LoadPredictor, placement: Placement, receipt: Receipt) -> None:
+    """What a hand-off waits for is the last chunk's blocks: those of chunks before it came while the prompt was computed."""
+    engine = placement.worker.engine
+    chunk_bytes = -(-engine.max_num_batched_tokens // engine.block_size_tokens) * engine.kv_block_bytes
+    size_bytes = min(receipt.kv_bytes_shipped, chunk_bytes)
+    if size_bytes and receipt.transfer_s > 0.0:
+        model = placement.worker.model
+        predictor.observe_transfer(model, size_bytes=size_bytes, is_same_node=placement.is_same_node, transfer_s=receipt.transfer_s)

@@ -1,4 +1,4 @@
-"""What the register says, brought to the router: replicas to watch, models to hold requests for, targets, everybody's metrics.
+"""What the register says, brought to the router: replicas and stores to watch, models to hold requests for, targets, everybody's metrics.
 
 Must not believe absence too early: a register that was lost and is filled again says nothing of who is away.
 """
@@ -6,7 +6,7 @@ Must not believe absence too early: a register that was lost and is filled again
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import aclosing
 from typing import Protocol
 
@@ -27,14 +27,30 @@ class Follower(Protocol):
         """The addresses of all replicas with a lease."""
 
 
+class StoreFollower(Protocol):
+    """Who watches store services: `router.stores.Stores`."""
+
+    def follow(self, addresses: Mapping[str, str]) -> None:
+        """The addresses of all store services with a lease, by node."""
+
+
 class RegisterView:
     """The last snapshot, and what follows from it. Run it in a task."""
 
-    def __init__(self, register: Register, shell: RouterShell, workers: Follower, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        register: Register,
+        shell: RouterShell,
+        workers: Follower,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        stores: StoreFollower | None = None,
+    ) -> None:
         self.register = register
         self.snapshot = Snapshot(generation="", members=())
         self._shell = shell
         self._workers = workers
+        self._stores = stores
         self._clock = clock
         self._complete_s = 0.0  # when the present generation is believed to be complete
         self._nudge: asyncio.Task[None] | None = None
@@ -61,6 +77,8 @@ class RegisterView:
             generation=snapshot.generation, members=members, models=models, targets=snapshot.targets or self.snapshot.targets
         )
         self._workers.follow([member.address for member in self.of(MemberKind.REPLICA) if member.address])
+        if self._stores is not None:
+            self._stores.follow({member.node: member.address for member in self.of(MemberKind.STORE) if member.node and member.address})
         refused = {model.model: model.error or _AT_ZERO for model in models if model.error or not model.is_held}
         self._shell.models_held([model.model for model in models if model.is_held], refused)
 

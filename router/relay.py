@@ -72,6 +72,7 @@ class Relay:
                         continue
                     worker_receipt = self._bare_receipt(dispatch)  # lost with the worker, after its last token
                 receipt = self._receipt(worker_receipt, dispatch)
+                self._shell.prefix_used(dispatch.plan, receipt, self._engine.block_size_tokens)
                 self._shell.finished(ticket, receipt)
                 return receipt
         finally:

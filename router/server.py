@@ -3,17 +3,22 @@
 Must not route or count by itself: calls go through the shell. Errors leave as TandemError; `rpc.py` puts them on the wire.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 
 import grpc
 
+from router.access import Access
 from router.frontend import Frontend
+from router.plan import planned
 from router.register_view import RegisterView
+from router.scores import Scores
 from router.shell import RouterShell
 from router.workers import Workers
 from tandem.convert import lease_to_pb, load_to_pb, receipt_to_pb, role_from_pb, role_to_pb
-from tandem.domain import Lease, ModelId, PlannedWorker, ReplicaId, ReplicaTarget, Request, Role
-from tandem.errors import InvalidRequestError, NotBuiltError, NotFoundError, PreconditionError, Reason
+from tandem.domain import Lease, ModelId, PlannedWorker, ReplicaId, ReplicaTarget, Request, RequestId, Role
+from tandem.errors import CancelledRequestError, InvalidRequestError, NotBuiltError, NotFoundError, PreconditionError, Reason
+from tandem.explanation import Candidate, Explanation, explanation_to_pb
 from tandem.membership import MemberKind
 from tandem.rpc import ServerCall, service
 from tandem.rpc import call as rpc_call
@@ -26,9 +31,11 @@ _MAX_EXPIRY_S = 366 * 86_400.0
 class _GrpcCall:
     """A gRPC call as the frontend sees it. `routers` says where the client may go on when this one is lost."""
 
-    def __init__(self, call: ServerCall, routers: Callable[[], str]) -> None:
+    def __init__(self, call: ServerCall, tenant: str, routers: Callable[[], str], stall_s: float) -> None:
+        self.tenant = tenant
         self.time_remaining_s = call.time_remaining_s
-        self.write = call.write
+        self._write = call.write
+        self._stall_s = stall_s
         self._tell_routers = call.tell_routers
         self._routers = routers
 
@@ -36,18 +43,31 @@ class _GrpcCall:
         """Tells the client of the routers."""
         await self._tell_routers(self._routers())
 
+    async def write(self, payload: bytes, /) -> None:
+        """Raises CancelledRequestError where the client has gone, or reads nothing for `stall_s`: what it has not read is bounded."""
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._write(payload)
+        except TimeoutError as error:
+            words = f"the client has read nothing for {self._stall_s:g} s"
+            raise CancelledRequestError(words, reason=Reason.CLIENT_STALLED) from error
+
 
 class InferenceService:
-    """What clients call."""
+    """What clients call, with a key where `access` asks for one."""
 
-    def __init__(self, shell: RouterShell, frontend: Frontend, view: RegisterView | None) -> None:
+    def __init__(self, shell: RouterShell, frontend: Frontend, view: RegisterView | None, access: Access) -> None:
         self._shell = shell
+        self._access = access
         self._frontend = frontend
         self._view = view
 
     async def generate(self, message: inference_pb2.GenerateRequest, call: ServerCall) -> None:
         """Streams one request's tokens; its receipt goes into the trailing metadata. Raises TandemError."""
-        call.set_receipt(receipt_to_pb(await self._frontend.generate(message, _GrpcCall(call, self._routers))))
+        tenant = self._access.tenant(call.metadata)
+        call.set_receipt(
+            receipt_to_pb(await self._frontend.generate(message, _GrpcCall(call, tenant, self._routers, self._shell.config.client_stall_s)))
+        )
 
     def _routers(self) -> str:
         """Addresses of all routers with a lease."""
@@ -55,6 +75,7 @@ class InferenceService:
 
     async def list_models(self, message: inference_pb2.ListModelsRequest, call: ServerCall) -> inference_pb2.ListModelsResponse:
         """Models that are or were served, with how many replicas are ready now."""
+        self._access.tenant(call.metadata)
         fleet = self._shell.core.fleet
         models = []
         for model in fleet.models:
@@ -64,13 +85,16 @@ class InferenceService:
             lease = fleet.last_lease(model)
             if lease is not None:  # else no replica of it has been started yet
                 card.context_tokens, card.block_size_tokens = lease.engine.context_tokens, lease.engine.block_size_tokens
-                card.namespace = lease.namespace
+                card.namespace, card.engine = lease.namespace, lease.engine.engine
             models.append(card)
         return inference_pb2.ListModelsResponse(models=models)
 
 
 class RouterService:
-    """What lookaside clients ask. On the wire, not served yet."""
+    """What lookaside clients and operators ask. Of that only Explain is served yet."""
+
+    def __init__(self, shell: RouterShell) -> None:
+        self._shell = shell
 
     async def route(self, message: router_pb2.RouteRequest, call: ServerCall) -> router_pb2.RouteResponse:
         """Raises NotBuiltError."""
@@ -81,15 +105,35 @@ class RouterService:
         raise NotBuiltError("Router.ReportOutcome")
 
     async def explain(self, message: router_pb2.ExplainRequest, call: ServerCall) -> router_pb2.ExplainResponse:
-        """Raises NotBuiltError."""
-        raise NotBuiltError("Router.Explain")
+        """Why a request of late went where it went. Raises NotFoundError where this router does not remember it."""
+        decision = self._shell.core.decisions.get(RequestId(message.request_id))
+        if decision is None:
+            raise NotFoundError(
+                f"this router remembers no request {message.request_id!r}", reason=Reason.UNKNOWN_REQUEST, field="request_id"
+            )
+        assignment = decision.placement.assignment
+        candidates = tuple(
+            Candidate(
+                worker=planned(one.lease),
+                is_one_worker=one.is_one_worker,
+                is_chosen=one.lease == assignment.worker and one.is_one_worker == (not assignment.prefill),
+                terms=one.terms(),
+            )
+            for one in assignment.considered
+        )
+        found = Explanation(request_id=message.request_id, plan=decision.plan, candidates=candidates, receipt=decision.receipt)
+        return explanation_to_pb(found)
 
 
 class ControlService:
-    """What the command line asks. `view` is None where the router has no register."""
+    """What the command line asks. `view` is None where the router has no register.
 
-    def __init__(self, shell: RouterShell, workers: Workers, view: RegisterView | None) -> None:
+    Whoever reaches the router may read the status, as /metrics and /sd; only operators may change something.
+    """
+
+    def __init__(self, shell: RouterShell, workers: Workers, view: RegisterView | None, access: Access | None = None) -> None:
         self._shell = shell
+        self._access = access or Access((), shell.metrics)
         self._workers = workers
         self._view = view
 
@@ -103,7 +147,7 @@ class ControlService:
                 is_reachable=True,
                 predicted_work_s=status.predicted_work_s,
             )
-            for status in core.replicas()
+            for status in core.replicas(self._shell.clock())
         ]
         replicas += [control_pb2.ReplicaStatus(lease=lease_to_pb(lease)) for lease in self._workers.unreachable()]
         replicas.sort(key=lambda replica: replica.lease.replica_id)
@@ -123,10 +167,12 @@ class ControlService:
                 )
                 for model, demand in self._shell.demand().items()
             ],
+            predictions=_predictions_to_pb(core.predictor.scores),
         )
 
     async def set_target(self, message: control_pb2.SetTargetRequest, call: ServerCall) -> control_pb2.SetTargetResponse:
         """Sets replica counts by hand. Raises NotFoundError for a model that is not configured, InvalidRequestError."""
+        self._access.check_operator(call.metadata)
         view = self._required_view()
         models = self._shell.core.fleet.models
         targets = []
@@ -148,6 +194,7 @@ class ControlService:
 
     async def drain_replica(self, message: control_pb2.DrainReplicaRequest, call: ServerCall) -> control_pb2.DrainReplicaResponse:
         """Has a replica take nothing new. Raises NotFoundError for one that this router does not reach."""
+        self._access.check_operator(call.metadata)
         lease = self._shell.core.fleet.get(ReplicaId(message.replica_id))
         if lease is None:
             known = ", ".join(lease.replica_id for lease in self._shell.core.fleet.leases) or "none"
@@ -161,6 +208,25 @@ class ControlService:
         if self._view is None:
             raise PreconditionError("this router has no register: replicas are not scaled", reason=Reason.NO_REGISTER)
         return self._view
+
+
+def _predictions_to_pb(scores: Scores) -> list[control_pb2.ModelPredictions]:
+    """By model; trust first, since a model without outcomes has no scores."""
+    found = {one.model: control_pb2.ModelPredictions(model=one.model, is_trusted=one.is_trusted) for one in scores.trust()}
+    for score in scores.scores():
+        of_model = found.setdefault(score.model, control_pb2.ModelPredictions(model=score.model, is_trusted=True))
+        of_model.scores.append(
+            control_pb2.PredictionScore(
+                kind=score.kind,
+                outcomes_total=score.outcomes_total,
+                window_outcomes=score.window_outcomes,
+                predicted_p50=score.predicted_p50,
+                actual_p50=score.actual_p50,
+                mean_error_fraction=score.mape,
+                q90_coverage_fraction=score.q90_coverage,
+            )
+        )
+    return [found[model] for model in sorted(found)]
 
 
 def _target_to_pb(target: ReplicaTarget) -> control_pb2.Target:
@@ -179,11 +245,12 @@ def _target_from_pb(message: control_pb2.Target) -> ReplicaTarget:
 
 
 def services(
-    shell: RouterShell, workers: Workers, frontend: Frontend, view: RegisterView | None
+    shell: RouterShell, workers: Workers, frontend: Frontend, view: RegisterView | None, access: Access | None = None
 ) -> "Mapping[str, grpc.GenericRpcHandler[bytes, bytes]]":
-    """All services by full name, for `start_server`."""
+    """All services by full name, for `start_server`; without `access` no key is asked for."""
+    access = access or Access((), shell.metrics)
     return {
-        "tandem.v1.Inference": service(inference_pb2, "Inference", InferenceService(shell, frontend, view)),
-        "tandem.v1.Router": service(router_pb2, "Router", RouterService()),
-        "tandem.v1.Control": service(control_pb2, "Control", ControlService(shell, workers, view)),
+        "tandem.v1.Inference": service(inference_pb2, "Inference", InferenceService(shell, frontend, view, access)),
+        "tandem.v1.Router": service(router_pb2, "Router", RouterService(shell)),
+        "tandem.v1.Control": service(control_pb2, "Control", ControlService(shell, workers, view, access)),
     }

@@ -8,19 +8,23 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from router.config import RouterConfig
 from router.core import RouterCore
-from router.instructions import Abandon, Dispatch, Instruction, Reject
+from router.instructions import Abandon, CopyPrefix, Dispatch, Instruction, Reject
+from router.quota import Quotas
 from router.ticket import Ticket
 from tandem.deadline import Deadline
-from tandem.domain import BlockHash, Lease, ModelId, Receipt, ReplicaId, Request, RequestId, Role, Stamp, WorkerLoad
+from tandem.domain import BlockHash, Lease, ModelId, Namespace, Plan, Receipt, ReplicaId, Request, RequestId, Role, Stamp, WorkerLoad
 from tandem.errors import OverloadedError, Reason, TandemError, UnavailableError
+from tandem.held_blocks import BlockChange
 from tandem.ownership import count_unowned
+from tandem.short_hash import SHORT_BYTES
+from tandem.step_sample import StepSample
 from tandem.telemetry import RouterMetrics
 
 logger = logging.getLogger(__name__)
@@ -42,17 +46,26 @@ class Demand:
 class RouterShell:
     """The core with a clock, tickets and metrics around it."""
 
-    def __init__(self, config: RouterConfig, core: RouterCore, metrics: RouterMetrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        core: RouterCore,
+        metrics: RouterMetrics,
+        clock: Callable[[], float] = time.monotonic,
+        quotas: Quotas | None = None,
+    ) -> None:
         self.config = config
         self.core = core
         self.metrics = metrics
         self.clock = clock
+        self._quotas = Quotas() if quotas is None else quotas
         self._tickets: dict[RequestId, Ticket] = {}
         self._calls: Counter[ModelId | None] = Counter()
         self._held: Counter[ModelId] = Counter()
         self._turned_away_s: dict[ModelId, float] = {}  # when a request was last refused because the model's replicas do not start
         self._requests_total: Counter[ModelId] = Counter()
         self._models_changed = asyncio.Event()
+        self.on_copy: Callable[[CopyPrefix], None] = lambda copy: self.prefix_copied(copy, "failed")  # who carries it out
         self.on_demand: Callable[[], None] = lambda: None  # called where a request waits for a replica that is still to be started
 
     @property
@@ -72,7 +85,7 @@ class RouterShell:
             kind = "unknown models" if named is None else f"model {named!r}"
             raise OverloadedError(
                 f"{self._calls[named]} calls for {kind} are being served, the limit is {limit}",
-                retry_after_s=self.core.retry_after_s(named),
+                retry_after_s=self.core.retry_after_s(named, self.clock()),
             )
         self._calls[named] += 1
         try:
@@ -134,11 +147,18 @@ class RouterShell:
         return demand
 
     def submit(self, request: Request, block_hashes: Sequence[BlockHash], deadline: Deadline, *, is_begun: bool = False) -> Ticket:
-        """Hands the request to the core; close the ticket. Raises DeadlineError, InvalidRequestError for an id in use."""
+        """Hands the request to the core; close the ticket. Its prompt is charged to its tenant, unless it `is_begun` or refused at once.
+
+        Raises DeadlineError, OverloadedError where the tenant is over its quota, InvalidRequestError for an id in use.
+        """
         remaining_s, now_s = deadline.remaining_s("admission"), self.clock()
+        if not is_begun:
+            self._quotas.check(request.tenant)
         deadline_s = None if remaining_s is None else now_s + remaining_s
         instructions = self.core.submit(request, block_hashes=block_hashes, deadline_s=deadline_s, now_s=now_s, is_begun=is_begun)
-        ticket = self._tickets[request.request_id] = Ticket(request.request_id)
+        ticket = self._tickets[request.request_id] = Ticket(request.request_id, request.tenant)
+        is_free = is_begun or any(isinstance(item, Reject) and item.request_id == request.request_id for item in instructions)
+        self._quotas.begin(request.tenant, 0 if is_free else len(request.prompt_token_ids))
         self._requests_total[request.model] += 1
         self._carry_out(instructions)
         if not self.core.is_served(request.model):
@@ -147,7 +167,8 @@ class RouterShell:
 
     def sent(self, ticket: Ticket, tokens: int) -> None:
         """The ticket's attempt has brought `tokens` more tokens to the client."""
-        self.core.tokens(ticket.request_id, ticket.attempt, tokens, self.clock())
+        self._quotas.charge_output(ticket.tenant, tokens)
+        self._carry_out(self.core.tokens(ticket.request_id, ticket.attempt, tokens, self.clock()))
 
     def failed(self, ticket: Ticket, error: TandemError) -> None:
         """The ticket's attempt failed; the ticket tells what follows."""
@@ -164,6 +185,7 @@ class RouterShell:
     def close(self, ticket: Ticket) -> None:
         """Frees whatever the request still holds; on every way out."""
         del self._tickets[ticket.request_id]
+        self._quotas.end(ticket.tenant)
         self._carry_out(self.core.cancelled(ticket.request_id, self.clock()))
 
     def replica_seen(self, lease: Lease) -> None:
@@ -189,6 +211,52 @@ class RouterShell:
         """Load and stamps came over a Watch stream."""
         if not self.core.report(lease.replica_id, incarnation, sequence, load, stamps):
             self.metrics.dropped_reports.inc()
+
+    def steps(self, lease: Lease, incarnation: int, samples: Sequence[StepSample]) -> None:
+        """Measured steps came over a Watch stream."""
+        if not self.core.steps(lease.replica_id, incarnation, samples, self.clock()):
+            self.metrics.dropped_reports.inc()
+
+    def cached(self, lease: Lease, incarnation: int, change: BlockChange) -> None:
+        """Changes of a replica's own cache came over a Watch stream."""
+        self._count_changes("engine", change)
+        if not self.core.cached(lease.replica_id, incarnation, change):
+            self.metrics.dropped_reports.inc()
+
+    def stored(self, node: str, namespace: Namespace, change: BlockChange) -> None:
+        """Changes of a node's store came over a Watch stream."""
+        self._count_changes("store", change)
+        self.core.stored(node, namespace, change)
+
+    def store_lost(self, node: str) -> None:
+        """A node's store is gone, or tells all that it holds anew."""
+        self.core.store_lost(node)
+
+    def stores_known(self, nodes: Collection[str]) -> None:
+        """The nodes whose store services have a lease."""
+        self.core.stores_known(nodes)
+
+    def prefix_copied(self, copy: CopyPrefix, outcome: str, copied_blocks: int = 0) -> None:
+        """A copy that the core asked for has ended; "copied": all its blocks are there."""
+        self.metrics.prefix_copies.labels(outcome).inc()
+        self.metrics.prefix_copied_blocks.inc(copied_blocks)
+        self.core.copy_ended(copy, self.clock(), is_whole=outcome == "copied")
+
+    def prefix_used(self, plan: Plan, receipt: Receipt, block_size_tokens: int) -> None:
+        """A request ended as planned: how much of its prompt was believed to be cached, and was."""
+        planned = (*plan.prefill, plan.decode)[0]
+        if receipt.prefill_replica_id != planned.replica_id:
+            return
+        # An engine computes at least one token of each prompt, and so a whole block where all of them are there.
+        believed_tokens = min(plan.cached_blocks, (receipt.prompt_tokens - 1) // block_size_tokens) * block_size_tokens
+        self.metrics.believed_cached_tokens.inc(max(0, believed_tokens))
+        self.metrics.cached_tokens.inc(receipt.cached_tokens)
+        if receipt.cached_tokens < believed_tokens:
+            self.metrics.missed_cached_tokens.inc(believed_tokens - receipt.cached_tokens)
+
+    def _count_changes(self, tier: str, change: BlockChange) -> None:
+        self.metrics.block_events.labels(tier, "stored").inc(len(change.stored) // SHORT_BYTES)
+        self.metrics.block_events.labels(tier, "removed").inc(len(change.removed) // SHORT_BYTES)
 
     async def tick_forever(self) -> None:
         """Gives the core the time and refreshes gauges, until cancelled."""
@@ -220,6 +288,7 @@ class RouterShell:
     def _refresh_gauges(self) -> None:
         self.metrics.queued_requests.set(self.queued_requests)
         self.metrics.running_requests.set(self.core.running_requests)
+        self.metrics.indexed_blocks.set(len(self.core.prefixes))
         self.metrics.unowned_requests.set(count_unowned(self._tickets.values()))
         roles = [lease.role for lease in self.core.fleet.leases]
         for role in Role:
@@ -227,6 +296,9 @@ class RouterShell:
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
+            if isinstance(instruction, CopyPrefix):
+                self.on_copy(instruction)
+                continue
             ticket = self._tickets.get(instruction.request_id)
             if ticket is None:
                 continue

@@ -6,7 +6,7 @@ Must not decide anything. Belongs to one event loop and one waiting task.
 import asyncio
 
 from router.instructions import Dispatch
-from tandem.domain import RequestId
+from tandem.domain import DEFAULT_TENANT, RequestId
 from tandem.errors import CancelledRequestError, Reason, TandemError, UnavailableError
 from tandem.ownership import Owner
 from tandem.rpc import ResponseStream
@@ -15,8 +15,9 @@ from tandem.rpc import ResponseStream
 class Ticket:
     """Brings dispatches and the final error to the waiting task, and breaks off its reading when the attempt's worker is lost."""
 
-    def __init__(self, request_id: RequestId) -> None:
+    def __init__(self, request_id: RequestId, tenant: str = DEFAULT_TENANT) -> None:
         self.request_id = request_id
+        self.tenant = tenant
         self.owner = Owner()
         self.attempt = 0  # the one being served
         self._news: asyncio.Future[Dispatch | TandemError] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""One request as the core keeps it, and what follows from that alone: its job, whether it may be retried.
+"""One request as the core keeps it, and what follows from that alone: what must be known to place it, whether it may be retried.
 
 Must not touch queue, ledger or fleet.
 """
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from router.ledger import BookingKey
-from router.placement import CONTINUATION, Job, Placement
+from router.output_length import LengthKey, OutputEstimate
+from router.placement import CONTINUATION, Assignment, Placement
 from router.prefix_index import Holder
-from tandem.domain import BlockHash, Lease, Request
+from tandem.domain import BlockHash, Request
 from tandem.errors import DeadlineError, TandemError
 from tandem.session import has_lost_worker, is_continuable
-
-_HANDOFF_MIN_BLOCKS = 2
+from tandem.short_hash import ShortHashes, short_hashes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,7 +23,13 @@ class Tracked:
     request: Request
     block_hashes: Sequence[BlockHash]
     deadline_s: float | None
-    predicted_queue_s: float
+    arrived_s: float
+    arrival: int  # its number
+    first_token_due_s: float  # to meet its TTFT objective
+    slots_ahead_s: float = 0.0  # work that waits for a slot before it
+    assignment: Assignment | None = None  # while it waits: in whose line
+    first_assignment: Assignment | None = None  # what was predicted at its arrival
+    charged_tokens: int = 0  # of its tenant, for an attempt without a first token so far
     attempts_before: int = 0  # of earlier requests of the same id, whose stamps may still come
     attempt: int = 0  # 0: none yet
     output_tokens: int = 0  # sent by this router, resumed ones not included
@@ -35,6 +41,15 @@ class Tracked:
     dispatched_s: float = 0.0
     avoid: set[Holder] = field(default_factory=set)  # replicas that failed it
     hold_until_s: float = 0.0  # before this they are not tried again
+    output: tuple[tuple[int, int], OutputEstimate] | None = None  # last estimated, by the tokens it had and the outcomes learnt from
+    _block_keys: ShortHashes | None = None
+
+    @property
+    def block_keys(self) -> ShortHashes:
+        """Its blocks as indexes know them; made once."""
+        if self._block_keys is None:
+            self._block_keys = short_hashes(self.block_hashes).copy()  # not a view, which would hold the whole hashes
+        return self._block_keys
 
     @property
     def key(self) -> BookingKey:
@@ -56,21 +71,16 @@ class Tracked:
         """Prompt and output so far: what a worker must hold before the next token."""
         return self.request.total_tokens + self.output_tokens
 
-    def job(self, lease: Lease, *, handoff_min_tokens: int | None, default_output_tokens: int) -> Job:
-        """What is to be placed; `lease` is any of the model's, for its block size."""
-        sampling = self.request.sampling
-        expected = self.request.expected_output_tokens or default_output_tokens
-        if sampling.max_tokens is not None:
-            expected = min(expected, sampling.max_tokens)
-        if handoff_min_tokens is None:
-            handoff_min_tokens = _HANDOFF_MIN_BLOCKS * lease.engine.block_size_tokens
-        return Job(
-            model=self.request.model,
-            total_tokens=self.total_tokens,
-            expected_output_tokens=expected,
-            one_worker_reason=sampling.one_worker_reason() or (CONTINUATION if self.has_output else None),
-            handoff_min_tokens=handoff_min_tokens,
-        )
+    @property
+    def one_worker_reason(self) -> str:
+        """Why it must not be handed off; empty where it may be."""
+        return self.request.sampling.one_worker_reason() or (CONTINUATION if self.has_output else "")
+
+    @property
+    def length_key(self) -> LengthKey:
+        """What its output's length is predicted from."""
+        request = self.request
+        return LengthKey(request.model, request.tenant, request.session_id, len(request.prompt_token_ids))
 
     def final_error(self, error: TandemError, *, retry_budget: int, now_s: float) -> TandemError | None:
         """The error the request ends with, or None where another worker may continue it. A move is no failure and costs nothing."""

@@ -1,4 +1,4 @@
-"""The Watch stream and the channel of each worker: leases, loads and stamps in, losses noticed.
+"""The Watch stream and the channel of each worker: leases, loads, stamps, measured steps and cached blocks in, losses noticed.
 
 Workers are those at fixed addresses and those the register names.
 
@@ -14,7 +14,7 @@ from random import Random
 import grpc.aio
 
 from router.shell import RouterShell
-from tandem.convert import lease_from_pb, load_from_pb
+from tandem.convert import block_change_from_pb, lease_from_pb, load_from_pb, step_from_pb
 from tandem.domain import Lease, PlannedWorker, ReplicaState, RequestId, Stamp, StampKind
 from tandem.errors import ProtocolError, Reason, TandemError, UnavailableError
 from tandem.rpc import ResponseStream, open_channel, open_stream, parse_answer
@@ -162,6 +162,10 @@ class Workers:
             if stamp.kind in _STAMP_KINDS
         ]
         self._shell.report(link.lease, message.incarnation, message.sequence, load, stamps)
+        if message.steps:
+            self._shell.steps(link.lease, message.incarnation, [step_from_pb(step) for step in message.steps])
+        if message.block_events:
+            self._shell.cached(link.lease, message.incarnation, block_change_from_pb(message.block_events))
 
     def _take_lease(self, link: _Link, lease: Lease) -> None:
         engine = lease.engine

@@ -20,6 +20,7 @@ from tandem.domain import (
     Usage,
 )
 from tandem.errors import (
+    AuthenticationError,
     CancelledRequestError,
     Code,
     ConfigError,
@@ -31,6 +32,7 @@ from tandem.errors import (
     NotBuiltError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     PreconditionError,
     ProtocolError,
     Reason,
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AsyncClient",
     "AsyncTokenStream",
+    "AuthenticationError",
     "CancelledRequestError",
     "Choice",
     "Chunk",
@@ -65,6 +68,7 @@ __all__ = [
     "NotBuiltError",
     "NotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "PreconditionError",
     "ProtocolError",
     "Reason",

@@ -15,6 +15,7 @@ from tandem.v1 import common_pb2, inference_pb2
 GENERATE = "tandem.v1.Inference/Generate"
 LIST_MODELS = "tandem.v1.Inference/ListModels"
 GET_STATUS = "tandem.v1.Control/GetStatus"
+EXPLAIN = "tandem.v1.Router/Explain"
 SET_TARGET = "tandem.v1.Control/SetTarget"
 DRAIN_REPLICA = "tandem.v1.Control/DrainReplica"
 # A whole generation on a busy cluster, and a question to a router that is well.

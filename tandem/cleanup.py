@@ -18,9 +18,10 @@ from tandem.cluster_config import ClusterConfig, cluster_config_from_json
 from tandem.endpoint import remove_endpoint_file
 from tandem.errors import ConfigError, TandemError
 from tandem.launch import remove_folder
+from tandem.node_folder import ENDED, cluster_folder, ray_folder, shm_folder
 from tandem.node_folder import MEMBER_OF as MEMBER_OF
-from tandem.node_folder import cluster_folder, ray_folder, shm_folder
 from tandem.parenthood import REPLICA_NAME
+from tandem.ray_environment import set_ray_environment
 from tandem.redis_register import RedisRegister
 
 _ROUTER_GRACE_S = 3.0  # running streams have 2 s
@@ -89,6 +90,8 @@ def clean_cluster(cluster: str) -> None:
     _end([process for process in processes_of(cluster) if process.kind == "autoscaler"], _POLL_S)  # it would replace what ends
     config = _config_of(cluster)
     if config is not None and config.ray_address:
+        with contextlib.suppress(OSError):  # another one may be clearing up
+            (cluster_folder(cluster) / ENDED).touch()  # should Ray not answer, an agent of its goes on
         _stop_foreign_actors(config)
     _end([process for process in processes_of(cluster) if process.kind == "router"], _ROUTER_GRACE_S)
     # An engine core ends with its replica, which lets its streams end first.
@@ -122,10 +125,12 @@ def _config_of(cluster: str) -> ClusterConfig | None:
 
 def _stop_foreign_actors(config: ClusterConfig) -> None:
     """Where Ray is not the cluster's own, its actors must be asked to go; what cannot be reached is left to their owner."""
-    command = [sys.executable, "-m", "autoscaler", "--stop-all", f"--ray-address={config.ray_address}"]
+    told = f"--config-json={replace(config, redis_url='').to_json()}"
+    command = [sys.executable, "-m", "autoscaler", "--stop-all", f"--ray-address={config.ray_address}", told]
+    environment = dict(os.environ)
+    set_ray_environment(environment, config.host)  # this process may have begun without it
     with contextlib.suppress(subprocess.TimeoutExpired):
-        told = f"--config-json={replace(config, redis_url='').to_json()}"
-        subprocess.run([*command, told], timeout=_STOP_ALL_S, check=False, capture_output=True)
+        subprocess.run(command, timeout=_STOP_ALL_S, check=False, capture_output=True, env=environment)
 
 
 def _forget(config: ClusterConfig) -> None:

@@ -15,7 +15,9 @@ import typer
 
 from tandem.chaos.command import chaos
 from tandem.errors import InvalidRequestError, TandemError
+from tandem.explain_cli import explain
 from tandem.kv_cli import kv_app
+from tandem.sim.command import simulate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _app() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(_options)
-    for command in (up, down, generate, models, status, top, scale, drain, bench, chaos):
+    for command in (up, down, generate, models, status, top, scale, drain, explain, bench, simulate, chaos):
         app.command()(command)
     app.add_typer(kv_app, name="kv")
     return app
@@ -74,6 +76,16 @@ def _options(
 def up(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="A cluster's TOML file; flags and TANDEM_* go before it.")] = None,
     model: Annotated[str | None, typer.Option(metavar="PATH_OR_NAME", help="The model to serve. Default: the bundled one.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm, or simulated: all is real but the model, whose steps take the time of a profile. Default: vllm."),
+    ] = None,
+    step_profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A simulated engine's profile, TOML. Default: the bundled model on one CPU core.")
+    ] = None,
+    slowdown: Annotated[
+        list[str] | None, typer.Option(metavar="REPLICA=FACTOR", help="A simulated replica whose steps take longer; may be repeated.")
+    ] = None,
     prefill: Annotated[int | None, typer.Option(min=0, help="Prefill replicas at the start. Default: 1.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Decode replicas at the start. Default: 1.")] = None,
     min_prefill: Annotated[int | None, typer.Option(min=0, help="Prefill replicas at least; 0 lets an idle model go to zero.")] = None,
@@ -96,15 +108,28 @@ def up(
     kv_disk: Annotated[Path | None, typer.Option(help="Folder on a disk where KV blocks outlive the cluster. Default: none.")] = None,
     kv_disk_bytes: Annotated[int | None, typer.Option(help="Bytes of it. Default: 16 GiB.")] = None,
     kv_redis_bytes: Annotated[int | None, typer.Option(help="Memory of a Redis that KV blocks overflow into. Default: 0, none.")] = None,
+    event_log: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for the routers' event logs, which replay to the same decisions.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="How routers rank prefill workers. Default: predicted_ttft.")] = None,
+    one_worker_max_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Prompt tokens to compute up to which one worker may do both. Default: any, where it is quicker."),
+    ] = None,
 ) -> None:
     """Start a cluster on this machine and serve until Ctrl-C."""
-    folders = {name: None if folder is None else str(folder) for name, folder in (("store_dir", store_dir), ("kv_disk", kv_disk))}
+    paths = {"store_dir": store_dir, "kv_disk": kv_disk, "event_log": event_log}
+    folders = {name: None if folder is None else str(folder) for name, folder in paths.items()}
     given = {**locals(), **folders}
-    del given["folders"]
-    del given["config"]
-    from tandem.cluster_config import load_cluster_config
+    settings = {name: given.pop(name) for name in ("policy", "one_worker_max_tokens")}
+    given["router"] = {name: value for name, value in settings.items() if value is not None}
+    for name in ("paths", "folders", "config", "slowdown"):
+        del given[name]
+    from tandem.cluster_config import load_cluster_config, parse_slowdowns, read_toml
     from tandem.up_terminal import run_up
 
+    given["step_profile"] = None if step_profile is None else read_toml(step_profile)
+    given["slowdowns"] = None if slowdown is None else parse_slowdowns(slowdown)
     run_up(load_cluster_config(config, given))
 
 
@@ -154,12 +179,13 @@ def top(
     endpoint: Endpoint = None,
     interval_s: Annotated[float, typer.Option("--interval-s", min=0.1, help="Seconds between two looks.")] = 1.0,
 ) -> None:
-    """Show the replicas, their state and load, live; Ctrl-C ends it."""
+    """Show the replicas, their state and load, and predicted times beside actual ones, live; Ctrl-C ends it."""
     import time
 
+    from rich.console import Group
     from rich.live import Live
 
-    from tandem.cli_report import pools_caption, rates_caption, status_table
+    from tandem.cli_report import pools_caption, predictions_table, rates_caption, status_table
     from tandem.sync_client import Client
 
     with Client(endpoint) as client, Live(console=_console(), auto_refresh=False) as live:
@@ -168,7 +194,7 @@ def top(
             found, now_s = client.status(), time.monotonic()
             table = status_table(found)
             table.caption = "\n".join(filter(None, (pools_caption(found), rates_caption(before, found, now_s - before_s))))
-            live.update(table, refresh=True)
+            live.update(Group(*filter(None, (table, predictions_table(found)))), refresh=True)
             before, before_s = found, now_s
             time.sleep(interval_s)
 
@@ -253,6 +279,9 @@ def bench(
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Replay a Mooncake-format trace (JSON lines).")] = None,
     trace_scale: Annotated[float, typer.Option(help="Multiplies the trace's lengths, for smaller models.")] = 1.0,
     warmup: Annotated[int, typer.Option(help="Requests sent before, which do not count.")] = 0,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Default: TANDEM_API_KEY, which other users of the machine do not see.")
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds for each request.")] = 600.0,
     json: Json = None,
 ) -> None:
@@ -284,7 +313,7 @@ def bench(
         warmup=warmup,
         timeout_s=timeout_s,
     )
-    result = run_command(options, Console(stderr=True))
+    result = run_command(options, Console(stderr=True), api_key)
     _console().print(bench_table(result))
     for line in bench_lines(result):
         typer.echo(line)

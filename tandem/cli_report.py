@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tandem.cluster_view import ClusterStatus, ModelCard, ReplicaStatus
+from tandem.cluster_view import ClusterStatus, ModelCard, PredictionScore, ReplicaStatus
 from tandem.completion import Completion
 from tandem.domain import ModelId, Receipt, ReplicaState, ReplicaTarget, Role
 from tandem.errors import ConfigError
+
+_SHOWN_KINDS = {"ttft": "TTFT", "queue": "queue wait", "tpot": "TPOT", "e2e": "E2E"}
 
 
 def receipt_line(receipt: Receipt) -> str:
@@ -59,12 +61,12 @@ def write_report(path: Path, report: dict[str, object]) -> None:
 
 def models_table(models: Sequence[ModelCard]) -> Table:
     """One row a model."""
-    table = Table("model", title="models")
+    table = Table("model", "engine", title="models")
     for heading in ("context tokens", "block tokens", "prefill replicas", "decode replicas"):
         table.add_column(heading, justify="right")
     for model in models:
         counts = (model.context_tokens, model.block_size_tokens, model.prefill_replicas, model.decode_replicas)
-        table.add_row(model.id, *(str(count) for count in counts))
+        table.add_row(model.id, model.engine, *(str(count) for count in counts))
     return table
 
 
@@ -72,13 +74,37 @@ def status_table(status: ClusterStatus) -> Table:
     """One row a replica."""
     where = f"cluster {status.cluster}" if status.cluster else f"router {status.router_id}"
     title = f"{where}: {status.running_requests} running, {status.queued_requests} queued"
-    table = Table("replica", "role", "model", "state", title=title)
+    table = Table("replica", "role", "model", "engine", "state", title=title)
     for heading in ("running", "waiting", "KV used", "work"):
         table.add_column(heading, justify="right")
     for replica in status.replicas:
         table.add_row(*_status_row(replica))
     table.caption = pools_caption(status)
     return table
+
+
+def predictions_table(status: ClusterStatus) -> Table | None:
+    """Predicted beside actual, by model; None before the first request has ended."""
+    table = Table("model", "predictions", "", title="predicted and actual, of the last requests")
+    for heading in ("predicted p50", "actual p50", "mean error", "within q90", "requests"):
+        table.add_column(heading, justify="right")
+    for of_model in status.predictions:
+        scores = {score.kind: score for score in of_model.scores}
+        trust = "trusted" if of_model.is_trusted else "not trusted, decides without"
+        for kind, words in _SHOWN_KINDS.items():
+            if kind in scores:
+                table.add_row(of_model.model, trust, words, *_score_row(scores[kind]))
+    return table if table.row_count else None
+
+
+def _score_row(score: PredictionScore) -> tuple[str, ...]:
+    return (
+        f"{score.predicted_p50:.3f} s",
+        f"{score.actual_p50:.3f} s",
+        f"{score.mean_error_fraction:.0%}",
+        f"{score.q90_coverage_fraction:.0%}",
+        str(score.window_outcomes),
+    )
 
 
 def pools_caption(status: ClusterStatus) -> str:
@@ -102,6 +128,7 @@ def _status_row(replica: ReplicaStatus) -> tuple[str, ...]:
         lease.replica_id,
         lease.role.value,
         lease.model,
+        lease.engine.engine,
         state,
         *counts,
         f"{load.kv_used_fraction:.1%}",

@@ -7,10 +7,13 @@ from types import TracebackType
 from typing import Self, Unpack
 
 import grpc.aio
+from google.protobuf.message import Message
 
+from tandem.api_key import key_metadata
 from tandem.chunk_reader import (
     DEFAULT_TIMEOUT_S,
     DRAIN_REPLICA,
+    EXPLAIN,
     GENERATE,
     GET_STATUS,
     LIST_MODELS,
@@ -23,10 +26,11 @@ from tandem.completion import Completion, assemble
 from tandem.domain import Chunk, Receipt, ReplicaTarget
 from tandem.endpoint import resolve_endpoint
 from tandem.errors import CancelledRequestError, ConfigError, TandemError
+from tandem.explanation import Explanation, explanation_from_pb
 from tandem.generate_request import GenerateOptions, PreparedRequest, Prompt, check_timeout_s, prepare_request
 from tandem.router_channels import RouterChannels
-from tandem.rpc import ResponseStream, call, open_client_channel, start_stream
-from tandem.v1 import control_pb2, inference_pb2
+from tandem.rpc import M, ResponseStream, call, open_client_channel, start_stream
+from tandem.v1 import control_pb2, inference_pb2, router_pb2
 
 
 class AsyncTokenStream:
@@ -121,10 +125,12 @@ class AsyncClient:
 
     `endpoint` is a router's host:port, or several with commas between them; without it TANDEM_ENDPOINT, then the cluster that
     `tandem up` started. Where a router is lost, its requests go on through another of these, or one that it told of. `timeout_s` is the
-    default deadline of a whole request in seconds; None for none. Raises ConfigError where there is no endpoint.
+    default deadline of a whole request in seconds; None for none. `api_key`, else TANDEM_API_KEY, says which tenant the caller is.
+    Raises ConfigError where there is no endpoint.
 
     Every failure is a TandemError: InvalidRequestError (before anything is sent where that can be known), NotFoundError,
-    OverloadedError (see `retry_after_s`), MessageTooLargeError, UnavailableError, DeadlineError, CancelledRequestError, EngineError.
+    OverloadedError (see `retry_after_s`), MessageTooLargeError, UnavailableError, DeadlineError, CancelledRequestError, EngineError,
+    AuthenticationError, PermissionDeniedError.
 
         async with AsyncClient() as client:
             async with client.stream("Once upon a time", max_tokens=32, temperature=0) as stream:
@@ -133,8 +139,9 @@ class AsyncClient:
             print(stream.receipt.ttft_s)
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S, api_key: str | None = None) -> None:
         self.endpoint = resolve_endpoint(endpoint)
+        self._metadata = key_metadata(api_key)
         self._timeout_s = check_timeout_s(timeout_s)
         self._channels = RouterChannels(self.endpoint, open_client_channel)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -162,22 +169,27 @@ class AsyncClient:
     async def models(self, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> tuple[ModelCard, ...]:
         """The models served; within `timeout_s` seconds."""
         request, answer = inference_pb2.ListModelsRequest(), inference_pb2.ListModelsResponse
-        return models_from_pb(await call(self._open(), LIST_MODELS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+        return models_from_pb(await self._ask(LIST_MODELS, request, answer, timeout_s))
 
     async def status(self, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> ClusterStatus:
         """The replicas, their state and load; within `timeout_s` seconds."""
         request, answer = control_pb2.GetStatusRequest(), control_pb2.GetStatusResponse
-        return status_from_pb(await call(self._open(), GET_STATUS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+        return status_from_pb(await self._ask(GET_STATUS, request, answer, timeout_s))
+
+    async def explain(self, request_id: str, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> Explanation:
+        """Why a request of late went where it went. Raises NotFoundError where the router asked does not remember it."""
+        request, answer = router_pb2.ExplainRequest(request_id=request_id), router_pb2.ExplainResponse
+        return explanation_from_pb(await self._ask(EXPLAIN, request, answer, timeout_s))
 
     async def scale(self, targets: Sequence[ReplicaTarget], *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
         """Sets replica counts by hand, until each expires; a negative count gives the pool back. Raises NotFoundError."""
         request, answer = targets_to_pb(targets), control_pb2.SetTargetResponse
-        await call(self._open(), SET_TARGET, request, answer, timeout_s=check_timeout_s(timeout_s))
+        await self._ask(SET_TARGET, request, answer, timeout_s)
 
     async def drain(self, replica_id: str, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
         """Has a replica take nothing new; once it is idle another one replaces it. Raises NotFoundError."""
         request, answer = control_pb2.DrainReplicaRequest(replica_id=replica_id), control_pb2.DrainReplicaResponse
-        await call(self._open(), DRAIN_REPLICA, request, answer, timeout_s=check_timeout_s(timeout_s))
+        await self._ask(DRAIN_REPLICA, request, answer, timeout_s)
 
     async def close(self) -> None:
         """Cancels what still runs and frees the connection; the client is of no use after it."""
@@ -193,7 +205,7 @@ class AsyncClient:
 
     def start(self, message: inference_pb2.GenerateRequest, timeout_s: float | None) -> ResponseStream:
         """For its streams: begins one."""
-        return start_stream(self._open(), GENERATE, message, timeout_s=timeout_s)
+        return start_stream(self._open(), GENERATE, message, timeout_s=timeout_s, metadata=self._metadata)
 
     async def learn(self, response: ResponseStream) -> None:
         """For its streams: `response` has begun, and says who the routers are."""
@@ -206,6 +218,9 @@ class AsyncClient:
 
     def _stream(self, request: PreparedRequest) -> AsyncTokenStream:
         return AsyncTokenStream(request, self)
+
+    async def _ask(self, method: str, request: Message, answer: type[M], timeout_s: float | None) -> M:
+        return await call(self._open(), method, request, answer, timeout_s=check_timeout_s(timeout_s), metadata=self._metadata)
 
     def _open(self) -> grpc.aio.Channel:
         """The connection, made at the first call, because grpc binds it to the running loop."""

@@ -8,20 +8,22 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from tandem.config import MIB
+from tandem.config_section import read_section as read_section
 from tandem.domain import Role
+from tandem.engine.simulated_physics import StepProfile
 from tandem.errors import ConfigError
-
-T = TypeVar("T")
+from tandem.tenancy import Tenant, validate_tenants
+from tandem.tenant_config import read_tenants, tenants_to_tables
 
 MAX_MODELS = 64
+VLLM, SIMULATED = ENGINES = ("vllm", "simulated")
+_CPUS = {VLLM: 0.25, SIMULATED: 0.02}  # on CPU engines share cores, and Ray must not refuse the fourth on two
 _CLUSTER = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 
@@ -32,6 +34,9 @@ class ModelConfig:
 
     model: str = "bundled"  # folder, hub name or "bundled"
     name: str = ""  # what clients call it; empty: the folder's or hub name
+    engine: str = VLLM  # or "simulated": real but for the model, whose steps take the time that step_profile says
+    step_profile: Mapping[str, object] = field(default_factory=dict)  # of a simulated engine: simulated_physics.StepProfile
+    slowdowns: Mapping[str, object] = field(default_factory=dict)  # of simulated replicas by id: stragglers, for tests
     prefill: int = 1
     decode: int = 1
     min_prefill: int | None = None  # None: as many as at the start, so that nothing is scaled that was not asked for
@@ -44,10 +49,21 @@ class ModelConfig:
     context_tokens: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    cpus_per_replica: float = 0.25  # declared to Ray; on CPU engines share cores, and Ray must not refuse the fourth on two
+    cpus_per_replica: float | None = None  # declared to Ray; None: the engine's usual ones
     gpus_per_replica: float = 0.0
     memory_bytes_per_replica: int = 0  # declared to Ray; 0: estimated from the weights and the KV cache
     faults: str = ""
+
+    @property
+    def declared_cpus(self) -> float:
+        """What a replica takes of the CPUs that Ray gives away."""
+        return _CPUS[self.engine] if self.cpus_per_replica is None else self.cpus_per_replica
+
+    def profile_of(self, replica_id: str) -> Mapping[str, object]:
+        """The step profile of one replica."""
+        if replica_id not in self.slowdowns:
+            return self.step_profile
+        return {**self.step_profile, "slowdown": self.slowdowns[replica_id]}
 
     def replicas(self, role: Role) -> int:
         """Replicas at the start."""
@@ -78,12 +94,25 @@ class ModelConfig:
         if self.name and not _NAME.fullmatch(self.name):
             raise ConfigError(f"{where}name {self.name!r} must have 1 to 128 letters, digits or . _ / : -")
         for key in ("cpus_per_replica", "gpus_per_replica", "memory_bytes_per_replica"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ConfigError(f"{where}{key} must be a number and not negative, got {getattr(self, key)}")
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{where}{key} must be a number and not negative, got {value}")
         for key in ("max_num_seqs", "max_num_batched_tokens", "context_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"{where}{key} must be at least 1, got {value}")
+        self._validate_engine(where)
+
+    def _validate_engine(self, where: str) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigError(f"{where}engine {self.engine!r} is not known; valid are {', '.join(ENGINES)}")
+        if self.engine != SIMULATED and (self.step_profile or self.slowdowns):
+            raise ConfigError(f"{where}step_profile and slowdowns are for engine = {SIMULATED!r}, and it is {self.engine!r}")
+        read_section(StepProfile, self.step_profile, f"{where}step_profile.").validate(f"{where}step_profile.")
+        for replica_id, factor in self.slowdowns.items():
+            key = f"{where}slowdowns.{replica_id}"
+            if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0.0 < factor < math.inf:
+                raise ConfigError(f"{key} must be a number above 0, got {factor!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +125,7 @@ class ClusterConfig:
     http_port: int = 8480  # HTTP, likewise
     routers: int = 1
     autoscalers: int = 1  # more than one: the others stand by
+    event_log: str = ""  # folder of the routers' event logs, for `python -m router.replay`; empty: none
     redis_url: str = ""  # empty: a server of its own on a Unix socket
     ray_address: str = ""  # empty: a Ray head of its own
     store_dir: str = ""  # empty: a folder of this cluster's own in /dev/shm
@@ -106,6 +136,7 @@ class ClusterConfig:
     kv_redis_url: str = ""  # a Redis that blocks overflow into, not the one of REDIS_URL; empty: none, or one of its own
     kv_redis_bytes: int = 0  # memory of one of its own; 0: none
     models: tuple[ModelConfig, ...] = (ModelConfig(),)
+    tenants: tuple[Tenant, ...] = ()  # [tenants.NAME]; none: everybody is one tenant, and no key is asked for
     router: Mapping[str, object] = field(default_factory=dict)  # router.config.RouterConfig
     scaler: Mapping[str, object] = field(default_factory=dict)  # autoscaler.config.ScalerConfig
 
@@ -123,9 +154,9 @@ class ClusterConfig:
             raise ConfigError(f"models: from 1 to {MAX_MODELS} models, got {len(self.models)}")
         for index, model in enumerate(self.models):
             model.validate(f"models[{index}].")
+        validate_tenants(self.tenants)
         if self.store_capacity_bytes < 16 * MIB:
             raise ConfigError(f"store_capacity_bytes must be at least {16 * MIB}, got {self.store_capacity_bytes}")
-
         if self.kv_tenant_bytes < 0:
             raise ConfigError(f"kv_tenant_bytes must not be negative, got {self.kv_tenant_bytes}")
         if self.kv_disk and self.kv_disk_bytes < 64 * MIB:
@@ -150,8 +181,8 @@ class ClusterConfig:
             raise ConfigError(f"{ports} must be at least {self.routers} apart (routers = {self.routers})")
 
     def to_json(self) -> str:
-        """For other processes; `cluster_config_from_json` reads it."""
-        return json.dumps(asdict(self))
+        """For other processes; `cluster_config_from_json` reads it. Of tenants' keys it holds hashes."""
+        return json.dumps({**asdict(self), "tenants": tenants_to_tables(self.tenants)})
 
 
 def cluster_config_from_json(text: str) -> ClusterConfig:
@@ -162,17 +193,20 @@ def cluster_config_from_json(text: str) -> ClusterConfig:
         raise ConfigError(f"the cluster's configuration is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"the cluster's configuration must be an object, got {type(values).__name__}")
-    return _cluster_from(values, "")
+    return _cluster_from(values, "", {})
 
 
 def load_cluster_config(path: Path | None, overrides: Mapping[str, object], environ: Mapping[str, str] | None = None) -> ClusterConfig:
-    """Defaults, then the file, then TANDEM_* variables, then `overrides` (None values are absent). Raises ConfigError.
+    """Defaults, then the file, then TANDEM_* variables, then `overrides` (None values are absent; `router` adds to the file's).
+
+    Raises ConfigError.
 
     Keys of ModelConfig among the overrides are the first model's, and only where the file names no more than one.
     """
     environ = os.environ if environ is None else environ
-    config = ClusterConfig() if path is None else _cluster_from(_read(path), f"{path}: ")
+    config = ClusterConfig() if path is None else _cluster_from(read_toml(path), f"{path}: ", environ)
     given = {**_from_environment(environ), **{key: value for key, value in overrides.items() if value is not None}}
+    given["router"] = {**config.router, **given.get("router", {})}  # type: ignore[dict-item]
     cluster_keys = {item.name for item in fields(ClusterConfig)}
     of_model = {key: value for key, value in given.items() if key not in cluster_keys}
     config = replace(config, **{key: value for key, value in given.items() if key in cluster_keys})  # type: ignore[arg-type]
@@ -184,27 +218,32 @@ def load_cluster_config(path: Path | None, overrides: Mapping[str, object], envi
     return config
 
 
-def read_section(kind: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a table; raises ConfigError naming a key that is unknown, with the nearest valid one, or of the wrong type."""
-    hints = get_type_hints(kind)
-    for key, value in values.items():
-        if key not in hints:
-            near = get_close_matches(key, hints, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}unknown key {key!r}; the nearest valid one is {near[0]!r}")
-        if not _fits(value, hints[key]):
-            raise ConfigError(f"{where}{key} must be {_said(hints[key])}, got {value!r}")
-    return kind(**{key: float(value) if hints[key] is float else value for key, value in values.items()})
+def parse_slowdowns(texts: Sequence[str]) -> dict[str, object]:
+    """`bundled-decode-1=2.5` for each slow replica. Raises ConfigError."""
+    slowdowns: dict[str, object] = {}
+    for text in texts:
+        replica_id, _, factor = text.rpartition("=")
+        try:
+            slowdowns[replica_id] = float(factor)
+        except ValueError:
+            replica_id = ""
+        if not replica_id:
+            raise ConfigError(f"--slowdown {text!r} is not REPLICA=FACTOR: bundled-decode-1=2.5")
+    return slowdowns
 
 
-def _cluster_from(values: Mapping[str, Any], where: str) -> ClusterConfig:
+def _cluster_from(values: Mapping[str, Any], where: str, environ: Mapping[str, str]) -> ClusterConfig:
     tables = values.get("models", [{}])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(f"{where}models must be a list of tables: [[models]]")
     models = tuple(read_section(ModelConfig, table, f"{where}models[{index}].") for index, table in enumerate(tables))
-    return replace(read_section(ClusterConfig, {key: value for key, value in values.items() if key != "models"}, where), models=models)
+    tenants = read_tenants(values.get("tenants", {}), where, environ)
+    plain = {key: value for key, value in values.items() if key not in ("models", "tenants")}
+    return replace(read_section(ClusterConfig, plain, where), models=models, tenants=tenants)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file's table. Raises ConfigError."""
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -228,21 +267,3 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
         if environ.get(name):
             found.setdefault(key, environ[name])
     return found
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, get_origin(hint) or hint)
-
-
-def _said(hint: Any) -> str:
-    if isinstance(hint, UnionType):
-        return " or ".join(_said(part) for part in get_args(hint) if part is not type(None))
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, "a table")

@@ -19,6 +19,7 @@ class ModelCard:
     prefill_replicas: int
     decode_replicas: int
     namespace: str
+    engine: str = ""  # of its last replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,28 @@ class ModelQueue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionScore:
+    """Predictions of one kind against what happened, over the last `window_outcomes`. Seconds, or tokens of `output_tokens`."""
+
+    kind: str
+    outcomes_total: int = 0
+    window_outcomes: int = 0
+    predicted_p50: float = 0.0
+    actual_p50: float = 0.0
+    mean_error_fraction: float = 0.0  # |predicted - actual| / actual
+    q90_coverage_fraction: float = 0.0  # stayed within what nine in ten should
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPredictions:
+    """What a router's predictions for one model are worth; where they are not trusted it decides without them."""
+
+    model: ModelId
+    is_trusted: bool
+    scores: tuple[PredictionScore, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """The cluster at a glance, by one router."""
 
@@ -52,6 +75,7 @@ class ClusterStatus:
     replicas: tuple[ReplicaStatus, ...]
     targets: tuple[ReplicaTarget, ...]
     queues: tuple[ModelQueue, ...] = ()  # by model
+    predictions: tuple[ModelPredictions, ...] = ()  # likewise
 
 
 def models_from_pb(message: inference_pb2.ListModelsResponse) -> tuple[ModelCard, ...]:
@@ -68,7 +92,11 @@ def status_from_pb(message: control_pb2.GetStatusResponse) -> ClusterStatus:
     replicas.sort(key=lambda replica: (replica.lease.model, replica.lease.role, replica.lease.replica_id))
     targets = tuple(from_message(ReplicaTarget, target, role=role_from_pb(target.role)) for target in message.targets)
     queues = tuple(from_message(ModelQueue, queue) for queue in message.queues)
-    return from_message(ClusterStatus, message, replicas=tuple(replicas), targets=targets, queues=queues)
+    predictions = tuple(
+        from_message(ModelPredictions, one, scores=tuple(from_message(PredictionScore, score) for score in one.scores))
+        for one in message.predictions
+    )
+    return from_message(ClusterStatus, message, replicas=tuple(replicas), targets=targets, queues=queues, predictions=predictions)
 
 
 def targets_to_pb(targets: Sequence[ReplicaTarget]) -> control_pb2.SetTargetRequest:

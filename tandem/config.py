@@ -5,7 +5,8 @@ Must not read the environment or files at import time.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 MIB = 1 << 20
 PREFETCH_WAIT_S = 1.0  # a prefix of 2,000 tokens of the bundled model comes in 20 ms, and is computed in 200
@@ -15,6 +16,8 @@ PREFETCH_WAIT_S = 1.0  # a prefix of 2,000 tokens of the bundled model comes in 
 class EngineConfig:
     """How a replica's engine is built."""
 
+    engine: str = "vllm"  # or "simulated" (tandem/engine/README.md)
+    step_profile: Mapping[str, object] = field(default_factory=dict)  # of a simulated one: simulated_physics.StepProfile
     model: str = "bundled"
     dtype: str = "auto"  # "auto": fp32 on CPU, where tokens are to be exact; the model's own elsewhere
     block_size_tokens: int = 32  # the CPU backend takes multiples of 32; one block is the most that a hand-off recomputes

@@ -5,6 +5,8 @@ Must not do I/O or judge values: `domain.py` validates. `*_to_pb` raise InvalidR
 What the domain has no word for (a plan's signature and block holders) is not carried over.
 """
 
+from collections.abc import Sequence
+
 from tandem.domain import (
     Chunk,
     EngineInfo,
@@ -27,6 +29,9 @@ from tandem.domain import (
     WorkerLoad,
 )
 from tandem.errors import InvalidRequestError, ProtocolError
+from tandem.held_blocks import BlockChange
+from tandem.short_hash import SHORT_BYTES
+from tandem.step_sample import StepSample
 from tandem.v1 import common_pb2, inference_pb2, worker_pb2
 from tandem.wire import build, from_message, to_message
 
@@ -159,6 +164,40 @@ def load_from_pb(message: worker_pb2.WorkerLoad) -> WorkerLoad:
     return from_message(WorkerLoad, message)
 
 
+def step_to_pb(step: StepSample) -> worker_pb2.StepSample:
+    """Raises InvalidRequestError naming the field."""
+    return to_message(worker_pb2.StepSample, "step", step)
+
+
+def step_from_pb(message: worker_pb2.StepSample) -> StepSample:
+    """A step as a replica measured it."""
+    return from_message(StepSample, message)
+
+
+def block_change_to_pb(change: BlockChange) -> list[worker_pb2.BlockEvent]:
+    """Up to three events; none where nothing changed."""
+    events = [worker_pb2.BlockEvent(kind=worker_pb2.BlockEvent.KIND_CLEARED)] if change.is_cleared else []
+    if change.removed:
+        events.append(worker_pb2.BlockEvent(kind=worker_pb2.BlockEvent.KIND_REMOVED, short_hashes=change.removed))
+    if change.stored:
+        events.append(worker_pb2.BlockEvent(kind=worker_pb2.BlockEvent.KIND_STORED, short_hashes=change.stored))
+    return events
+
+
+def block_change_from_pb(events: Sequence[worker_pb2.BlockEvent]) -> BlockChange:
+    """The events of one message, whatever their order. Raises ProtocolError where they are none of ours."""
+    hashes = {event.kind: event.short_hashes for event in events}
+    if len(hashes) < len(events) or not hashes.keys() <= set(worker_pb2.BlockEvent.Kind.values()[1:]):
+        raise ProtocolError("the block events of a message must be cleared, removed or stored, each once at most")
+    if any(len(joined) % SHORT_BYTES for joined in hashes.values()):
+        raise ProtocolError(f"short hashes must have {SHORT_BYTES} bytes each")
+    return BlockChange(
+        is_cleared=worker_pb2.BlockEvent.KIND_CLEARED in hashes,
+        removed=hashes.get(worker_pb2.BlockEvent.KIND_REMOVED, b""),
+        stored=hashes.get(worker_pb2.BlockEvent.KIND_STORED, b""),
+    )
+
+
 def _terms_to_pb(terms: tuple[PredictedTerm, ...]) -> list[common_pb2.PredictedTerm]:
     return [to_message(common_pb2.PredictedTerm, "predicted", term) for term in terms]
 
@@ -179,7 +218,7 @@ def plan_to_pb(plan: Plan) -> common_pb2.Plan:
 
 
 def plan_from_pb(message: common_pb2.Plan) -> Plan:
-    """Raises ProtocolError where there is no decode worker."""
+    """Not validated; raises ProtocolError where there is no decode worker."""
     if not message.HasField("decode"):
         raise ProtocolError(f"plan {message.plan_id!r} has no decode worker")
     return from_message(
@@ -264,5 +303,17 @@ def request_to_worker_pb(request: Request, plan: Plan, attempt: int, incarnation
 
 
 def request_from_worker_pb(message: worker_pb2.WorkerGenerateRequest) -> Request:
-    """The request without what only the router needs (slo, session, sheddable, expected length). Not validated."""
+    """The request without what only the router needs (slo, session, sheddable, expected length, tenant). Not validated."""
     return from_message(Request, message, sampling=sampling_from_pb(message.sampling))
+
+
+def request_from_prefill_pb(message: worker_pb2.PrefillRequest) -> Request:
+    """The request as far as a prefill worker knows it. Not validated; more resumed tokens than there are leave no prompt."""
+    prompt_tokens = max(0, len(message.prompt_token_ids) - message.resumed_tokens)
+    return from_message(
+        Request,
+        message,
+        prompt_token_ids=tuple(message.prompt_token_ids[:prompt_tokens]),
+        resume_token_ids=tuple(message.prompt_token_ids[prompt_tokens:]),
+        sampling=sampling_from_pb(message.sampling),
+    )

@@ -4,6 +4,7 @@ Must not do I/O or know the wire: `convert.py` translates to and from protobuf.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,12 +18,15 @@ ModelId = NewType("ModelId", str)
 Namespace = NewType("Namespace", str)
 BlockHash = NewType("BlockHash", bytes)
 
+HOST_PORT = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\]):(?P<port>[0-9]{1,5})")
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_CHOICES = 16
 GREEDY_TEMPERATURE = 1e-5  # below it the engine always takes the most likely token, and refuses several choices
 MAX_REQUEST_ID_CHARS = 128
+MAX_PREFILL_CANDIDATES = 16  # of one plan
+DEFAULT_TENANT = "default"  # everybody, where no tenants are configured
 
 
 class Role(StrEnum):
@@ -171,6 +175,7 @@ class Request:
     session_id: str = ""
     expected_output_tokens: int | None = None
     cache_salt: str = ""
+    tenant: str = DEFAULT_TENANT  # by the caller's key alone, never by what the request says
 
     @property
     def total_tokens(self) -> int:
@@ -219,6 +224,12 @@ def check_token_ids(field_name: str, token_ids: Sequence[int], vocabulary_tokens
         raise InvalidRequestError(field_name, f"token id {bad} is not in the vocabulary of {vocabulary_tokens}")
 
 
+def check_slack(field_name: str, slack_s: float) -> None:
+    """Raises InvalidRequestError where it is not a time."""
+    if not math.isfinite(slack_s):
+        raise InvalidRequestError(field_name, f"must be a finite number of seconds, got {slack_s}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What an engine can take. Sizes in tokens, blocks and bytes as named."""
@@ -234,6 +245,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     max_num_seqs: int
     max_num_batched_tokens: int
+    hardware: str = "cpu"  # what it runs on, a name for step times that are alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,8 +340,18 @@ class Plan:
     predicted: tuple[PredictedTerm, ...] = ()
     one_worker_reason: str = ""
     router_id: str = ""
+    slack_s: float = 0.0  # until the prompt must be begun; below 0: it is late
     prompt_blocks: int = 0
     cached_blocks: int = 0
+
+    def validate(self) -> None:
+        """Raises InvalidRequestError where no router can have made it."""
+        if len(self.prefill) > MAX_PREFILL_CANDIDATES:
+            raise InvalidRequestError("plan.prefill", f"at most {MAX_PREFILL_CANDIDATES} workers, got {len(self.prefill)}")
+        for worker in self.prefill:
+            if not HOST_PORT.fullmatch(worker.address):
+                raise InvalidRequestError("plan.prefill", f"address {worker.address[:100]!r} of {worker.replica_id[:100]} is not HOST:PORT")
+        check_slack("plan.slack_s", self.slack_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from tandem.domain import HOST_PORT
 from tandem.errors import ConfigError
 
 ENDPOINT_VARIABLE = "TANDEM_ENDPOINT"
 _MAX_FILE_BYTES = 65_536
-_HOST_PORT = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\]):(?P<port>[0-9]{1,5})")
 _CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -102,7 +102,7 @@ def _file_of(cluster: str, environ: Mapping[str, str] | None) -> Path:
 def _host_port(source: str, text: str) -> str:
     """One router, or several with commas between them: calls go to the first that answers."""
     for part in text.split(","):
-        match = _HOST_PORT.fullmatch(part)
+        match = HOST_PORT.fullmatch(part)
         if match is None or not 1 <= int(match["port"]) <= 65_535:
             raise ConfigError(f"{source} must be host:port with a port from 1 to 65535, got {text[:200]!r}")
     return text

@@ -13,6 +13,7 @@ class Code(StrEnum):
     INVALID_ARGUMENT = "invalid_argument"
     NOT_FOUND = "not_found"
     UNAUTHENTICATED = "unauthenticated"
+    PERMISSION_DENIED = "permission_denied"
     FAILED_PRECONDITION = "failed_precondition"
     RESOURCE_EXHAUSTED = "resource_exhausted"
     UNAVAILABLE = "unavailable"
@@ -33,6 +34,7 @@ class Reason(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     UNKNOWN_MODEL = "unknown_model"
     UNKNOWN_REPLICA = "unknown_replica"
+    UNKNOWN_REQUEST = "unknown_request"
     STALE_INCARNATION = "stale_incarnation"
     STALE_EPOCH = "stale_epoch"
     NO_REGISTER = "no_register"
@@ -41,8 +43,13 @@ class Reason(StrEnum):
     DRAINING = "draining"
     MOVED = "moved"
     QUEUE_FULL = "queue_full"
+    PREDICTED_LATE = "predicted_late"
+    TENANT_QUOTA = "tenant_quota"
+    BAD_KEY = "bad_key"
+    NOT_OPERATOR = "not_operator"
     DEADLINE = "deadline"
     CLIENT_CANCELLED = "client_cancelled"
+    CLIENT_STALLED = "client_stalled"
     WORKER_LOST = "worker_lost"
     CONNECTION_LOST = "connection_lost"
     ENGINE_FAILED = "engine_failed"
@@ -97,6 +104,20 @@ class NotFoundError(TandemError):
         super().__init__(message, code=Code.NOT_FOUND, reason=reason, field=field)
 
 
+class AuthenticationError(TandemError):
+    """The caller gave no API key, or none of a tenant. Never says what it gave."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=Code.UNAUTHENTICATED, reason=Reason.BAD_KEY)
+
+
+class PermissionDeniedError(TandemError):
+    """The caller's tenant may not do this."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=Code.PERMISSION_DENIED, reason=Reason.NOT_OPERATOR)
+
+
 class OverloadedError(TandemError):
     """Refused because of load; come back after `retry_after_s`."""
 
@@ -129,10 +150,10 @@ class DeadlineError(TandemError):
 
 
 class CancelledRequestError(TandemError):
-    """The caller went away."""
+    """The caller went away, or does not read any more."""
 
-    def __init__(self, message: str = "cancelled by the caller") -> None:
-        super().__init__(message, code=Code.CANCELLED, reason=Reason.CLIENT_CANCELLED)
+    def __init__(self, message: str = "cancelled by the caller", *, reason: Reason = Reason.CLIENT_CANCELLED) -> None:
+        super().__init__(message, code=Code.CANCELLED, reason=reason)
 
 
 class ConfigError(TandemError):
@@ -180,6 +201,8 @@ class InternalError(TandemError):
 _CLASSES: Mapping[Code, type[TandemError]] = {
     Code.INVALID_ARGUMENT: InvalidRequestError,
     Code.NOT_FOUND: NotFoundError,
+    Code.UNAUTHENTICATED: AuthenticationError,
+    Code.PERMISSION_DENIED: PermissionDeniedError,
     Code.RESOURCE_EXHAUSTED: OverloadedError,
     Code.UNAVAILABLE: UnavailableError,
     Code.DEADLINE_EXCEEDED: DeadlineError,

@@ -7,92 +7,28 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 
-from tandem.cluster_config import ClusterConfig, cluster_config_from_json
+from tandem.cluster_config import VLLM, ClusterConfig, cluster_config_from_json
+from tandem.daemon import Daemon, keep_alive
 from tandem.engine.environment import has_cuda
 from tandem.fingerprint import code_fingerprint
-from tandem.hang import killed_if_stopped
 from tandem.launch import remove_folder
 from tandem.membership import REGISTER_URL
 from tandem.network import advertised_host, is_loopback
-from tandem.node_folder import MEMBER_OF, NodeFacts, NodeFolder
+from tandem.node_folder import NodeFacts, NodeFolder
 from tandem.polling import poll_until
 from tandem.replica_actor import REPORT_S
 from tandem.tether import GRACE_S, hold
-from tandem.zygote_client import zygote_command, zygote_environment
+from tandem.zygote_client import zygote_command
 
 logger = logging.getLogger(__name__)
 
-_RESTART_PAUSE_S = 0.2
-_MAX_PAUSE_S = 10.0
 _STORE_START_S = 60.0  # it starts beside the zygote, which imports vLLM
-_STOP_S = 5.0
 _POLL_S = 0.05
-_DETACH = 'exec 3>&-; "$@" </dev/null >>"$TANDEM_LOG" 2>&1 & echo $!'
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Daemon:
-    """A process that is not this one's child, known by the file its pid is in."""
-
-    name: str
-    cluster: str
-    command: list[str]
-    pid_file: Path
-    log: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def try_pid(self) -> int | None:
-        """The pid where it runs."""
-        try:
-            pid = int(self.pid_file.read_text())
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            return None
-        return pid if os.fsencode(self.command[2]) in command else None  # the module's name: the pid may be another's by now
-
-    async def start(self) -> int:
-        """Starts it through a shell that ends at once, so that it is nobody's child."""
-        process = await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            _DETACH,
-            "sh",
-            *self.command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            env={**zygote_environment(), **self.environment, MEMBER_OF: self.cluster, "TANDEM_LOG": str(self.log)},
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        answer = await process.stdout.readline()
-        await process.wait()
-        if not answer:  # the shell could not fork
-            raise ChildProcessError(f"{self.name} could not be started")
-        pid = int(answer)
-        self.pid_file.write_text(str(pid))
-        return pid
-
-    async def stop(self) -> None:
-        """SIGTERM, then SIGKILL after a while."""
-        pid = self.try_pid()
-        if pid is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        try:
-            async with asyncio.timeout(_STOP_S):
-                await _ended(pid)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -146,7 +82,7 @@ class NodeAgent:
                 self._tether = await poll_until(lambda: hold(self._folder.tether), _POLL_S)  # a predecessor may just be dying
             store_dir = Path(self._config.store_dir) / self._folder.node if self._config.store_dir else self._folder.default_store_dir
             if not self._keepers:
-                if not has_cuda():
+                if not has_cuda() and any(model.engine == VLLM for model in self._config.models):
                     self._keep(self._zygote())
                 self._keep(self._store(store_dir, address_file))
             await poll_until(address_file.exists, _POLL_S)
@@ -200,7 +136,13 @@ class NodeAgent:
 
     def _keep(self, daemon: Daemon) -> None:
         self._daemons.append(daemon)
-        self._keepers.append(asyncio.create_task(_keep_alive(daemon), name=f"keep {daemon.name}"))
+        self._keepers.append(asyncio.create_task(self._keep_alive(daemon), name=f"keep {daemon.name}"))
+
+    async def _keep_alive(self, daemon: Daemon) -> None:
+        """Until the cluster is cleared away, of which Ray may not have told this actor: then it is of no use."""
+        await keep_alive(daemon, lambda: self._folder.is_ended)
+        logger.info("cluster_ended name=%s", daemon.name)
+        os._exit(0)  # Ray heeds no signal while nobody calls
 
 
 def _host(config: ClusterConfig) -> str:
@@ -209,37 +151,3 @@ def _host(config: ClusterConfig) -> str:
         address: str = ray.util.get_node_ip_address()
         return address
     return advertised_host(config.host)
-
-
-async def _keep_alive(daemon: Daemon) -> None:
-    """Starts it where it does not run and again whenever it ends, with a growing pause where it ends at once."""
-    pause_s = _RESTART_PAUSE_S
-    while True:
-        started_s = asyncio.get_running_loop().time()
-        try:
-            pid = daemon.try_pid() or await daemon.start()
-            logger.info("daemon_runs name=%s pid=%d", daemon.name, pid)
-            async with killed_if_stopped(pid):
-                await _ended(pid)
-        except OSError as error:
-            logger.warning("daemon_not_started name=%s error=%s", daemon.name, error)
-        logger.warning("daemon_ended name=%s", daemon.name)
-        lived_s = asyncio.get_running_loop().time() - started_s
-        pause_s = _RESTART_PAUSE_S if lived_s > _MAX_PAUSE_S else min(2 * pause_s, _MAX_PAUSE_S)
-        await asyncio.sleep(pause_s)
-
-
-async def _ended(pid: int) -> None:
-    """Returns when the process is gone."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(descriptor, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)

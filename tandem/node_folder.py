@@ -13,6 +13,7 @@ from tandem.endpoint import endpoint_folder
 SHM = Path("/dev/shm")
 # Set for what `tandem up` starts and for what outlives Ray's actors, inherited by all of it, and by nothing else. Clean-up looks for it.
 MEMBER_OF = "TANDEM_MEMBER_OF"
+ENDED = "ended"  # in the cluster's folder: it is being cleared away, and a node's agent is to start nothing any more
 LOCAL_NODE = "local"  # the only node of a Ray that is the cluster's own: its daemons outlive a restart of Ray
 
 
@@ -57,6 +58,11 @@ class NodeFolder:
     def make(self) -> None:
         """Makes it, for this user alone."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the cluster is being cleared away on this machine, or has been."""
+        return not self.path.exists() or (self.path.parent / ENDED).exists()
 
     def log(self, name: str) -> Path:
         """Where a process of this node logs."""

@@ -15,7 +15,7 @@ from autoscaler.config import ScalerConfig
 from autoscaler.pool import check_models
 from kv_transfer.shm_room import check_room
 from router.config import RouterConfig
-from tandem.cluster_config import ClusterConfig, read_section
+from tandem.cluster_config import VLLM, ClusterConfig, read_section
 from tandem.config import MIB
 from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import resolve_model
@@ -39,7 +39,8 @@ def check(config: ClusterConfig) -> None:
     check_models(config)
     read_section(ScalerConfig, config.scaler, "scaler.").validate()
     read_section(RouterConfig, config.router, "router.").validate()
-    require_vllm()
+    if any(model.engine == VLLM for model in config.models):
+        require_vllm()
     if config.ray_address and (not config.redis_url or config.redis_url.startswith("unix")):
         raise ConfigError("RAY_ADDRESS needs a REDIS_URL that other nodes can reach: redis://HOST:PORT")
     for model in config.models:
@@ -67,7 +68,7 @@ def _check_ray(address: str) -> None:
 
 def _check_cpus(config: ClusterConfig) -> None:
     """Ray would let a replica wait for ever."""
-    needed = sum(model.cpus_per_replica * (model.prefill + model.decode) for model in config.models)
+    needed = sum(model.declared_cpus * (model.prefill + model.decode) for model in config.models)
     there = os.cpu_count() or 1
     if needed > there:
         raise ConfigError(

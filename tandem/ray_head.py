@@ -14,18 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tandem.hang import LOOK_S, HangJudge, is_stopped
-from tandem.network import is_loopback
+from tandem.ray_environment import set_ray_environment
 
 OBJECT_STORE_BYTES = 100_000_000  # nothing of ours goes through it, and it shares /dev/shm with the KV blocks
-
-
-def set_ray_environment(environment: "os._Environ[str] | dict[str, str]", host: str) -> None:
-    """What every process of Ray needs before it imports ray. On loopback Ray listens nowhere else (reference: platform, section 0)."""
-    if is_loopback(host):
-        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    environment["SPT_NOENV"] = "1"  # Ray's processes rename themselves, and their environment must stay: by it they are found
-    environment.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    environment.setdefault("RAY_num_workers_soft_limit", "1")  # of idle workers, 45 MiB each
 
 
 def main() -> None:

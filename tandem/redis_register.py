@@ -17,6 +17,7 @@ from tandem import redis_scripts as scripts
 from tandem.domain import ModelId, ReplicaTarget, Role
 from tandem.errors import ConfigError, InvalidRequestError, PreconditionError, ProtocolError, Reason, UnavailableError
 from tandem.membership import LEASE_S, Member, ServedModel, Snapshot, member_from_json
+from tandem.redis_coefficients import COEFFICIENTS_KEY
 from tandem.redis_link import COALESCE_S, RedisLink
 
 FENCE_S = 3600.0  # how long an older incarnation is refused after the last renewal: longer than any process hangs unseen
@@ -118,7 +119,7 @@ class RedisRegister:
 
     async def erase(self) -> None:
         """Removes everything of the cluster: before it starts and after it has ended, in a server that outlives it."""
-        keys = self._keys("members", "generation", "published", "leader", "epoch", "manual")
+        keys = self._keys("members", "generation", "published", "leader", "epoch", "manual", COEFFICIENTS_KEY)
         await self._link.run(scripts.ERASE, keys, [self._key("lease:"), self._key("fence:")])
 
     async def nudge(self) -> None:

@@ -131,7 +131,7 @@ return redis.call('SET', KEYS[1], '1', 'PX', '1000')
 """
 
 ERASE = """
--- KEYS index, generation, published, leader, epoch, manual targets; ARGV prefix of leases, prefix of fences
+-- KEYS index, generation, published, leader, epoch, manual targets, coefficients; ARGV prefix of leases, prefix of fences
 for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do redis.call('DEL', ARGV[1] .. name, ARGV[2] .. name) end
 return redis.call('DEL', unpack(KEYS))
 """

@@ -10,26 +10,21 @@ import logging
 import os
 import signal
 import sys
-from pathlib import Path
 
 import uvloop
 from prometheus_client import REGISTRY, start_http_server
 
 from decode_workers.remote_blocks import RemoteBlocks
 from decode_workers.service import DecodeService
-from kv_transfer.blocks import make_namespace
-from kv_transfer.link import StoreLink
 from kv_transfer.prefix_source import PrefixSource
-from kv_transfer.shm_room import check_room
 from prefill_workers.service import PrefillService
 from tandem.channel_pool import ChannelPool
 from tandem.config import ReplicaConfig
-from tandem.convert import lease_to_pb, load_to_pb
+from tandem.convert import block_change_to_pb, lease_to_pb, load_to_pb, step_to_pb
 from tandem.custody import Custody, claim
 from tandem.domain import Lease, ModelId, Namespace, ReplicaId, Role, WorkerLoad
 from tandem.ending import Ending
 from tandem.engine.base import Engine
-from tandem.engine.environment import require_vllm
 from tandem.engine.model_files import resolve_model
 from tandem.engine_watch import EngineJudge, WatchedEngine, until_hung
 from tandem.errors import ConfigError
@@ -37,6 +32,7 @@ from tandem.faults import Faults
 from tandem.heap import trim_heap
 from tandem.membership import Member, MemberKind, Register
 from tandem.registrar import Registrar
+from tandem.replica_engines import build_engine
 from tandem.rpc import ServerCall, service, start_server
 from tandem.telemetry import RemoteKvMetrics, WorkerCollector
 from tandem.v1 import worker_pb2
@@ -48,8 +44,7 @@ logger = logging.getLogger(__name__)
 _WATCH_MIN_S = 0.02
 # Nothing runs, so nothing changes unsaid: a sign of life. Each costs a router and a replica 0.1 % of a core.
 _WATCH_IDLE_S = 1.0
-_MAX_SOCKET_PATH = 107  # bytes: sun_path
-_ENGINE_SOCKET_CHARS = 37  # a slash and a UUID
+_MAX_MESSAGE_BLOCKS = 4096  # 32 KiB; a snapshot of 10**6 blocks takes 250 messages
 _LEASE_POLL_S = 3600.0  # the lease tells when it changes
 _EXIT_HUNG = 71
 _STAMP_KINDS = {
@@ -71,11 +66,12 @@ class WorkerService:
         self._watch_interval_s = watch_interval_s
 
     async def watch(self, request: worker_pb2.WatchRequest, call: ServerCall) -> None:
-        """Streams the lease, then load and stamps at 10 Hz and on change, until the router goes."""
+        """Streams the lease, then load, stamps, measured steps and cached blocks at 10 Hz and on change, until the router goes."""
         sequence = 0
         lease, stamps = None, list[Stamp]()
-        with self._state.watch(request.router_id) as watcher:
+        with self._state.watch(request.router_id) as watcher, self._engine.blocks.listen() as cached:
             while True:
+                self._state.measured(self._engine.take_steps())
                 message = worker_pb2.WatchResponse(
                     incarnation=self._state.lease.incarnation,
                     sequence=sequence,
@@ -85,6 +81,8 @@ class WorkerService:
                         worker_pb2.RequestStamp(request_id=stamp.request_id, attempt=stamp.attempt, kind=_STAMP_KINDS[stamp.kind])
                         for stamp in stamps
                     ],
+                    steps=[step_to_pb(step) for step in watcher.take_steps()],
+                    block_events=block_change_to_pb(cached.take(_MAX_MESSAGE_BLOCKS)),
                 )
                 lease = self._state.lease
                 await call.write(message)
@@ -92,7 +90,8 @@ class WorkerService:
                 if self._state.is_ending and not self._state.running_requests:
                     return
                 await asyncio.sleep(_WATCH_MIN_S)
-                stamps = await watcher.changed(self._watch_interval_s if self._state.running_requests else _WATCH_IDLE_S)
+                idle_s = 0.0 if cached.is_behind else _WATCH_IDLE_S
+                stamps = await watcher.changed(self._watch_interval_s if self._state.running_requests else idle_s)
 
     def load(self) -> WorkerLoad:
         """What routers are told."""
@@ -114,6 +113,10 @@ class WorkerService:
         """Attempts booked here, and runs of the engine, that no call waits for any more."""
         return self._state.unowned_requests + self._engine.load().unowned_requests
 
+    def accepted_prefill_tokens(self) -> int:
+        """Prompt tokens that attempts had computed here, or were to, since the start."""
+        return self._state.accepted_prefill_tokens_total
+
     async def drain(self, request: worker_pb2.DrainRequest, call: ServerCall) -> worker_pb2.DrainResponse:
         """Takes no new work from now on; running requests go on."""
         self._state.drain()
@@ -129,25 +132,11 @@ def run(config: ReplicaConfig, lifeline_fd: int | None = None) -> None:
     faults = Faults.parse(config.engine.faults)
     if lifeline_fd is not None and config.runtime_dir:
         claim(config)
-    engine, namespace = _build_engine(config)
+    engine, namespace = build_engine(config)
     try:
         uvloop.run(_serve(config, engine, namespace, faults, lifeline_fd))
     finally:
         engine.close()
-
-
-def _build_engine(config: ReplicaConfig) -> tuple[WatchedEngine, Namespace]:
-    require_vllm()
-    from tandem.engine.vllm_engine import VllmEngine, namespace_parts
-
-    if len(config.runtime_dir) < _MAX_SOCKET_PATH - _ENGINE_SOCKET_CHARS:
-        os.environ["VLLM_RPC_BASE_PATH"] = config.runtime_dir  # else in the system's folder, where nobody removes them after a SIGKILL
-    namespace = make_namespace(namespace_parts(config.engine))
-    link = None
-    if config.engine.is_kv_transfer_on:
-        check_room(Path(config.engine.store_dir))
-        link = StoreLink(config.engine, namespace, Path(config.runtime_dir), config.replica_id)
-    return VllmEngine(config.engine, link), namespace
 
 
 async def _serve(config: ReplicaConfig, engine: WatchedEngine, namespace: Namespace, faults: Faults, lifeline_fd: int | None) -> None:
@@ -185,7 +174,7 @@ async def _serve(config: ReplicaConfig, engine: WatchedEngine, namespace: Namesp
         watch_interval_s=config.watch_interval_s,
     )
     server = await start_server(config.host, config.port, {"tandem.v1.Worker": service(worker_pb2, "Worker", worker)})
-    REGISTRY.register(WorkerCollector(worker.load, engine.kv_totals, worker.unowned_requests))
+    REGISTRY.register(WorkerCollector(worker.load, engine.kv_totals, worker.unowned_requests, worker.accepted_prefill_tokens))
     metrics_server, _ = start_http_server(config.metrics_port, addr=config.host)
     state.set_addresses(server.address, f"{config.host}:{metrics_server.server_port}")
     _report(f"replica ready id={config.replica_id} role={config.role} address={state.lease.address}", lifeline_fd)

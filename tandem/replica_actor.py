@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 from tandem.adoption import try_adopt
+from tandem.cluster_config import VLLM
 from tandem.config import PREFETCH_WAIT_S, ReplicaConfig, replica_config_from_json
 from tandem.engine.environment import has_cuda
 from tandem.errors import ConfigError
@@ -57,7 +58,8 @@ class ReplicaActor:
 
     async def _start(self) -> None:
         config = _complete(self._config, self._folder, await _facts(self._folder))
-        start = spawn_replica if has_cuda() else ZygoteClient(self._folder.zygote_socket).start_replica
+        is_forked = config.engine.engine == VLLM and not has_cuda()
+        start = ZygoteClient(self._folder.zygote_socket).start_replica if is_forked else spawn_replica
         self._supervisor = ReplicaSupervisor(config, start, adopt=try_adopt)
         self._supervisor.begin()
 

@@ -8,9 +8,11 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+from tandem.cluster_config import read_toml
 from tandem.config import EngineConfig, ReplicaConfig, replica_config_from_json
 from tandem.domain import Role
 from tandem.engine.environment import set_engine_environment
+from tandem.errors import ConfigError
 from tandem.membership import REGISTER_URL
 
 
@@ -28,10 +30,17 @@ def main(role: Role) -> None:
         default = next(field.default for field in fields(EngineConfig) if field.name == name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--engine", default="vllm", help="vllm, or simulated: steps take the time that a profile says")
+    parser.add_argument("--step-profile", type=Path, help="TOML file of a simulated engine's profile (tandem/engine/README.md)")
+    parser.add_argument("--slowdown", type=float, help="multiplies the simulated engine's step times")
     parser.add_argument("--faults", default="", help="fault hooks, for tests")
     parser.add_argument("--config-json", help="a whole ReplicaConfig; replaces all other options")
     parser.add_argument("--lifeline-fd", type=int, help="reports go here, and its end stops the replica")
     args = parser.parse_args()
+    try:
+        step_profile = _step_profile(args.step_profile, args.slowdown)
+    except ConfigError as error:
+        parser.error(error.message)
     set_engine_environment()
 
     from tandem.engine.model_files import served_name
@@ -51,6 +60,8 @@ def main(role: Role) -> None:
             metrics_port=args.metrics_port,
             runtime_dir=str(Path(runtime_dir)),
             engine=EngineConfig(
+                engine=args.engine,
+                step_profile=step_profile,
                 model=args.model,
                 dtype=args.dtype,
                 context_tokens=args.context_tokens,
@@ -65,3 +76,9 @@ def main(role: Role) -> None:
             ),
         )
         sys.exit(main_with_errors(config, args.lifeline_fd))
+
+
+def _step_profile(path: Path | None, slowdown: float | None) -> dict[str, object]:
+    """Of the file, and the slowdown on top. Raises ConfigError."""
+    profile: dict[str, object] = {} if path is None else read_toml(path)
+    return profile if slowdown is None else {**profile, "slowdown": slowdown}

@@ -5,6 +5,7 @@ Bytes are parsed here, so that bad bytes are a typed error and a relay can forwa
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import socket
@@ -40,6 +41,8 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 RECEIPT_KEY = "tandem-receipt-bin"
 ROUTERS_KEY = "tandem-routers"
 _SHUTDOWN_GRACE_S = 2.0
+_LAST_WORD_S = 1.0
+_UNREAD_BYTES = 256 * 2**10  # of one stream, beyond which its sender waits; gRPC's own measuring goes to several MiB
 _MAX_TIMEOUT_S = 1e8  # about three years; gRPC takes what its clock cannot hold for a deadline that is over
 
 _COMMON_OPTIONS = (
@@ -51,10 +54,17 @@ _COMMON_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 400),  # which is also how long a connection may take: a router that hangs takes none
     ("grpc.max_reconnect_backoff_ms", 250),  # a process that died is back in a second
 )
-_CHANNEL_OPTIONS = (*_COMMON_OPTIONS, ("grpc.keepalive_time_ms", 10_000), ("grpc.keepalive_timeout_ms", 5_000))
+_CHANNEL_OPTIONS = (
+    *_COMMON_OPTIONS,
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", _UNREAD_BYTES),
+)
 # Where an open call is all that can tell that its other end hangs.
 _CLIENT_OPTIONS = (
     *_COMMON_OPTIONS,
+    ("grpc.use_local_subchannel_pool", 1),  # else a client begins at whichever of its routers another client of the process has open
     ("grpc.keepalive_time_ms", 1_500),
     ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.http2.ping_timeout_ms", 2_000),  # of pings that measure the link: while one is open, none is sent to keep it alive
@@ -138,7 +148,10 @@ def _guard(function: Handler, request_type: type[Message]) -> Callable[..., Awai
             logger.exception("handler_failed method=%s", function.__name__)
             failure = InternalError(f"{function.__name__} failed; the server's log has the cause")
         trailing = (*(context.trailing_metadata() or ()), (STATUS_DETAILS_KEY, to_status(failure).SerializeToString()))
-        await context.abort(status_code(failure), wire_message(failure), trailing)
+        with contextlib.suppress(TimeoutError):  # it is sent once the caller has read what lies before it, and need not be waited for
+            async with asyncio.timeout(_LAST_WORD_S):
+                await context.abort(status_code(failure), wire_message(failure), trailing)
+        return None
 
     return handle
 

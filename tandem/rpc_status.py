@@ -23,6 +23,7 @@ _STATUS: Mapping[Code, grpc.StatusCode] = {
     Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Code.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Code.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
     Code.FAILED_PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
     Code.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
@@ -39,7 +40,7 @@ _CODE: Mapping[grpc.StatusCode, tuple[Code, Reason]] = {
     grpc.StatusCode.OUT_OF_RANGE: (Code.INVALID_ARGUMENT, Reason.BAD_FIELD),
     grpc.StatusCode.NOT_FOUND: (Code.NOT_FOUND, Reason.PROTOCOL),
     grpc.StatusCode.UNAUTHENTICATED: (Code.UNAUTHENTICATED, Reason.PROTOCOL),
-    grpc.StatusCode.PERMISSION_DENIED: (Code.UNAUTHENTICATED, Reason.PROTOCOL),
+    grpc.StatusCode.PERMISSION_DENIED: (Code.PERMISSION_DENIED, Reason.PROTOCOL),
     grpc.StatusCode.FAILED_PRECONDITION: (Code.FAILED_PRECONDITION, Reason.PROTOCOL),
     grpc.StatusCode.ALREADY_EXISTS: (Code.FAILED_PRECONDITION, Reason.PROTOCOL),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (Code.RESOURCE_EXHAUSTED, Reason.PROTOCOL),
@@ -61,7 +62,7 @@ def status_code(error: TandemError) -> grpc.StatusCode:
 
 
 def to_status(error: TandemError) -> status_pb2.Status:
-    """Our error as google.rpc.Status with ErrorInfo, and BadRequest or RetryInfo where they say more.
+    """Our error as google.rpc.Status with ErrorInfo, and BadRequest, QuotaFailure or RetryInfo where they say more.
 
     The message is cut to 1,000 bytes and cleaned of what is not UTF-8: a report must never fail.
     """
@@ -75,6 +76,9 @@ def to_status(error: TandemError) -> status_pb2.Status:
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.reason is Reason.TENANT_QUOTA:
+        exceeded = error_details_pb2.QuotaFailure.Violation(subject="tenant", description=message)
+        status.details.add().Pack(error_details_pb2.QuotaFailure(violations=[exceeded]))
     if error.retry_after_s is not None and math.isfinite(error.retry_after_s):
         delay = Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))

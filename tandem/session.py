@@ -32,7 +32,8 @@ def is_continuable(num_choices: int, output_tokens: int) -> bool:
 
 def has_lost_worker(error: TandemError) -> bool:
     """Whether it is the worker that failed and not the request, so that another one may go on."""
-    return error.retryable or error.reason is Reason.STALE_INCARNATION  # it restarted; the new one will do
+    has_other = error.reason is Reason.STALE_INCARNATION or error.code is Code.UNIMPLEMENTED  # it restarted, or its port is another's now
+    return error.retryable or has_other
 
 
 def has_lost_router(error: TandemError) -> bool:

@@ -7,10 +7,13 @@ from types import TracebackType
 from typing import Self, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
+from tandem.api_key import key_metadata
 from tandem.chunk_reader import (
     DEFAULT_TIMEOUT_S,
     DRAIN_REPLICA,
+    EXPLAIN,
     GENERATE,
     GET_STATUS,
     LIST_MODELS,
@@ -23,11 +26,12 @@ from tandem.completion import Completion, assemble
 from tandem.domain import Chunk, Receipt, ReplicaTarget
 from tandem.endpoint import resolve_endpoint
 from tandem.errors import CancelledRequestError, ConfigError, TandemError
+from tandem.explanation import Explanation, explanation_from_pb
 from tandem.generate_request import GenerateOptions, PreparedRequest, Prompt, check_timeout_s, prepare_request
 from tandem.router_channels import RouterChannels
-from tandem.rpc import open_sync_client_channel
+from tandem.rpc import M, open_sync_client_channel
 from tandem.rpc_sync import SyncResponseStream, call_sync, start_stream_sync
-from tandem.v1 import control_pb2, inference_pb2
+from tandem.v1 import control_pb2, inference_pb2, router_pb2
 
 
 class TokenStream:
@@ -125,8 +129,9 @@ class Client:
             print(client.generate("Once upon a time", max_tokens=32, temperature=0).text)
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(self, endpoint: str | None = None, *, timeout_s: float | None = DEFAULT_TIMEOUT_S, api_key: str | None = None) -> None:
         self.endpoint = resolve_endpoint(endpoint)
+        self._metadata = key_metadata(api_key)
         self._timeout_s = check_timeout_s(timeout_s)
         self._channels = RouterChannels(self.endpoint, open_sync_client_channel)
         self._lock = threading.Lock()  # of the channels: streams of several threads share them
@@ -151,22 +156,27 @@ class Client:
     def models(self, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> tuple[ModelCard, ...]:
         """The models served; within `timeout_s` seconds."""
         request, answer = inference_pb2.ListModelsRequest(), inference_pb2.ListModelsResponse
-        return models_from_pb(call_sync(self._open(), LIST_MODELS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+        return models_from_pb(self._ask(LIST_MODELS, request, answer, timeout_s))
 
     def status(self, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> ClusterStatus:
         """The replicas, their state and load; within `timeout_s` seconds."""
         request, answer = control_pb2.GetStatusRequest(), control_pb2.GetStatusResponse
-        return status_from_pb(call_sync(self._open(), GET_STATUS, request, answer, timeout_s=check_timeout_s(timeout_s)))
+        return status_from_pb(self._ask(GET_STATUS, request, answer, timeout_s))
+
+    def explain(self, request_id: str, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> Explanation:
+        """Why a request of late went where it went. Raises NotFoundError where the router asked does not remember it."""
+        request, answer = router_pb2.ExplainRequest(request_id=request_id), router_pb2.ExplainResponse
+        return explanation_from_pb(self._ask(EXPLAIN, request, answer, timeout_s))
 
     def scale(self, targets: Sequence[ReplicaTarget], *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
         """Sets replica counts by hand, until each expires; a negative count gives the pool back. Raises NotFoundError."""
         request, answer = targets_to_pb(targets), control_pb2.SetTargetResponse
-        call_sync(self._open(), SET_TARGET, request, answer, timeout_s=check_timeout_s(timeout_s))
+        self._ask(SET_TARGET, request, answer, timeout_s)
 
     def drain(self, replica_id: str, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> None:
         """Has a replica take nothing new; once it is idle another one replaces it. Raises NotFoundError."""
         request, answer = control_pb2.DrainReplicaRequest(replica_id=replica_id), control_pb2.DrainReplicaResponse
-        call_sync(self._open(), DRAIN_REPLICA, request, answer, timeout_s=check_timeout_s(timeout_s))
+        self._ask(DRAIN_REPLICA, request, answer, timeout_s)
 
     def close(self) -> None:
         """Cancels what still runs and frees the connection; the client is of no use after it."""
@@ -183,7 +193,7 @@ class Client:
 
     def start(self, message: inference_pb2.GenerateRequest, timeout_s: float | None) -> SyncResponseStream:
         """For its streams: begins one."""
-        return start_stream_sync(self._open(), GENERATE, message, timeout_s=timeout_s)
+        return start_stream_sync(self._open(), GENERATE, message, timeout_s=timeout_s, metadata=self._metadata)
 
     def learn(self, response: SyncResponseStream) -> None:
         """For its streams: `response` has begun, and says who the routers are."""
@@ -199,6 +209,9 @@ class Client:
 
     def _stream(self, request: PreparedRequest) -> TokenStream:
         return TokenStream(request, self)
+
+    def _ask(self, method: str, request: Message, answer: type[M], timeout_s: float | None) -> M:
+        return call_sync(self._open(), method, request, answer, timeout_s=check_timeout_s(timeout_s), metadata=self._metadata)
 
     def _open(self) -> grpc.Channel:
         with self._lock:

@@ -3,7 +3,7 @@
 Declares only; each `main` makes the registry and serves it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -15,6 +15,19 @@ from tandem.engine.base import KvTotals
 
 # One step per factor of about two: from a relayed message to the longest sensible request.
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
+
+
+# Families of `PredictionCollector`. Formulas: router/scores.py and router/pool_times.py.
+_PREDICTIONS = {
+    "prediction_error_fraction": ("mean(|predicted - actual| / actual) of the last outcomes", ("kind", "model")),
+    "prediction_bias_fraction": ("mean((predicted - actual) / actual) of the last outcomes", ("kind", "model")),
+    "prediction_q90_coverage_fraction": ("How many of the last outcomes were within the predicted 90 % quantile", ("kind", "model")),
+    "prediction_outcomes": ("Predictions scored so far", ("kind", "model")),
+    "predictions_are_trusted": ("1 where placement goes by predicted seconds, 0 where it does without", ("model",)),
+    "step_time_error_fraction": ("mean(|predicted - actual| / actual) of the last engine steps", ("model", "hardware", "role")),
+    "step_time_coefficient_seconds": ("What a unit of a step's work takes", ("model", "hardware", "role", "unit")),
+    "straggler_replicas": ("Replicas that have been slower than their pool for 15 s", ("model", "hardware", "role")),
+}
 
 
 class RouterMetrics:
@@ -37,6 +50,12 @@ class RouterMetrics:
         self.dropped_reports = counter("dropped_reports", "Reports of an older incarnation or out of order")
         self.http_responses = counter("http_responses", "Answers of the HTTP endpoint", "route", "status")
         self.task_failures = counter("task_failures", "Unexpected errors at a task's root", "task")
+        self.unauthenticated = counter("unauthenticated", "Calls without the key of a tenant")
+        self.tenant_requests = counter("tenant_requests", "Requests of a tenant that ended", "tenant", "outcome")
+        self.tenant_prompt_tokens = counter("tenant_prompt_tokens", "Prompt tokens of a tenant's valid requests", "tenant")
+        self.tenant_output_tokens = counter("tenant_output_tokens", "Output tokens sent to a tenant", "tenant")
+        self.quota_leases = counter("quota_leases", "Calls for slices of quotas; outcome ok or failed", "outcome")
+        self.quota_is_alone = gauge("quota_is_alone", "1 where nobody grants slices: this router goes on with its part of each limit")
         self.queue = seconds("queue", "Arrival to dispatch", "model")
         self.ttft = seconds("ttft", "Arrival to first token sent", "model")
         self.e2e = seconds("e2e", "Arrival to last token sent", "model")
@@ -44,8 +63,29 @@ class RouterMetrics:
         self.loop_lag = seconds("loop_lag", "How late the event loop runs a timer")
         self.queued_requests = gauge("queued_requests", "Requests that wait in the router")
         self.running_requests = gauge("running_requests", "Requests that are dispatched")
+        self.believed_cached_tokens = counter("believed_cached_tokens", "Prompt tokens that the chosen worker was believed to have cached")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens that the chosen worker had cached, or took from the store")
+        self.missed_cached_tokens = counter("missed_cached_tokens", "Believed to be cached, and computed")
+        self.block_events = counter("block_events", "Blocks that caches stored or removed", "tier", "outcome")
+        self.indexed_blocks = gauge("indexed_blocks", "Blocks of which the prefix index knows a holder")
+        self.prefix_copies = counter("prefix_copies", "Hot prefixes copied between nodes: copied, partial, failed, timeout", "outcome")
+        self.prefix_copied_blocks = counter("prefix_copied_blocks", "Blocks that came by those copies")
         self.unowned_requests = gauge("unowned_requests", "Requests whose call has ended: a leak")
         self.replicas = gauge("replicas", "Reachable replicas", "role")
+
+
+class PredictionCollector(Collector):
+    """What a router's predictions are worth, read when it is scraped. `facts`: name of a family below, label values, value."""
+
+    def __init__(self, facts: Callable[[], Iterable[tuple[str, tuple[str, ...], float]]]) -> None:
+        self._facts = facts
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, now."""
+        families = {name: GaugeMetricFamily(f"tandem_router_{name}", text, labels=labels) for name, (text, labels) in _PREDICTIONS.items()}
+        for name, labels, value in self._facts():
+            families[name].add_metric(labels, value)
+        yield from families.values()
 
 
 _KV_COUNTERS = {
@@ -63,8 +103,15 @@ _KV_COUNTERS = {
 class WorkerCollector(Collector):
     """A replica's own metrics, read when they are scraped. vLLM's stand beside them unchanged."""
 
-    def __init__(self, load: Callable[[], WorkerLoad], kv_totals: Callable[[], KvTotals], unowned_requests: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], WorkerLoad],
+        kv_totals: Callable[[], KvTotals],
+        unowned_requests: Callable[[], int],
+        accepted_prefill_tokens: Callable[[], int],
+    ) -> None:
         self._load = load
+        self._accepted_prefill_tokens = accepted_prefill_tokens
         self._unowned_requests = unowned_requests
         self._kv_totals = kv_totals
 
@@ -78,6 +125,11 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily("tandem_worker_kv_tokens", "Tokens whose KV running attempts hold", load.kv_tokens)
         yield GaugeMetricFamily(
             "tandem_worker_unowned_requests", "Requests, booked or in the engine, whose call has ended: a leak", self._unowned_requests()
+        )
+        yield CounterMetricFamily(
+            "tandem_worker_accepted_prefill_tokens",
+            "Prompt tokens of accepted attempts that were to be computed",
+            self._accepted_prefill_tokens(),
         )
         yield CounterMetricFamily("tandem_worker_generated_tokens", "Tokens that left this replica", load.generated_tokens_total)
         for name, value in asdict(self._kv_totals()).items():

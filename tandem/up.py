@@ -8,9 +8,10 @@ import contextlib
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from types import MappingProxyType
 
 import psutil
 
@@ -27,9 +28,10 @@ from tandem.network import advertised_host
 from tandem.node_folder import cluster_folder, ray_folder, shm_folder
 from tandem.parenthood import die_with_parent
 from tandem.preflight import check
-from tandem.ray_head import set_ray_environment
+from tandem.ray_environment import set_ray_environment
 from tandem.redis_register import RedisRegister
 from tandem.redis_server import check_redis, find_redis_server, redis_arguments, wait_for_redis
+from tandem.tenant_config import TENANTS_VARIABLE, tenants_to_json
 from tandem.tether import hold, is_held
 
 _READY_S = 300.0
@@ -208,12 +210,15 @@ class Platform:
             *("router", f"--cluster={self.cluster}", f"--router-id=router-{number}", f"--host={self.config.host}"),
             *(f"--port={port}", f"--http-port={http_port}", *settings),
         ]
-        process, facts = await self._start_program(arguments, f"router-{number}", ready="router ready")
+        if self.config.event_log:
+            arguments.append(f"--event-log={self.config.event_log}/router-{number}.events")
+        environment = {TENANTS_VARIABLE: tenants_to_json(self.config.tenants)}
+        process, facts = await self._start_program(arguments, f"router-{number}", ready="router ready", environment=environment)
         self.router_addresses[number], self.http_addresses[number] = facts["address"], facts["http"]
         return process
 
     async def _start_autoscaler(self, number: int) -> Process:
-        ray_address, told = self._ray_address, replace(self.config, redis_url="").to_json()
+        ray_address, told = self._ray_address, replace(self.config, redis_url="", tenants=()).to_json()
         arguments = ["autoscaler", f"--id=autoscaler-{number}", f"--config-json={told}", f"--ray-address={ray_address}"]
         process, _ = await self._start_program(arguments, f"autoscaler-{number}", ready="autoscaler ready")
         if ray_address != self._ray_address:
@@ -221,8 +226,10 @@ class Platform:
             raise ConfigError("Ray has begun again meanwhile", reason=Reason.START_FAILED)
         return process
 
-    async def _start_program(self, arguments: list[str], name: str, *, ready: str) -> tuple[Process, dict[str, str]]:
-        environment = {REGISTER_URL: self._redis_url}
+    async def _start_program(
+        self, arguments: list[str], name: str, *, ready: str, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[Process, dict[str, str]]:
+        environment = {**environment, REGISTER_URL: self._redis_url}
         return await start_program(arguments, self.folder / f"{name}.log", ready=ready, environment=environment)
 
     async def _wait_ready(self) -> None:

@@ -10,7 +10,8 @@ import time
 
 from rich.console import Console
 
-from tandem.cluster_config import ClusterConfig
+from autoscaler.pool import model_name
+from tandem.cluster_config import SIMULATED, ClusterConfig
 from tandem.up import Platform
 
 _STATUS_S = 0.25
@@ -61,6 +62,9 @@ def _print_ready(console: Console, platform: Platform, took_s: float) -> None:
     console.print(f"ready in {took_s:.1f} s: {platform.ready_replicas} replicas, cluster {platform.cluster}", highlight=False)
     for name, addresses in (("gRPC  ", platform.router_addresses), ("HTTP  ", [f"http://{item}" for item in platform.http_addresses])):
         console.print(f"  {name}    {', '.join(addresses)}", highlight=False)
+    for model in platform.config.models:
+        if model.engine == SIMULATED:
+            console.print(f"  engine    simulated for {model_name(model)}: times and texts are made up", highlight=False)
     console.print(f"  logs      {platform.folder}", highlight=False)
     console.print('  try       tandem generate "The for statement"', highlight=False)
     console.print("Ctrl-C stops all of it", highlight=False)

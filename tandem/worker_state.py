@@ -5,18 +5,21 @@ Used by both worker services; knows neither the engine nor gRPC. Belongs to one 
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from tandem.domain import Lease, ReplicaState, RequestId
 from tandem.domain import Stamp as Stamp
 from tandem.domain import StampKind as StampKind
-from tandem.errors import Reason, UnavailableError
+from tandem.errors import InvalidRequestError, Reason, UnavailableError
 from tandem.ownership import Owner, count_unowned
+from tandem.step_reservoir import StepReservoir
+from tandem.step_sample import StepSample
 
 # Stamps of a router that does not read its stream; the oldest are dropped, and the totals are right all the same.
 _MAX_STAMPS = 10_000
+MAX_MESSAGE_STEPS = 16  # in one message: a sample takes some 20 bytes
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class Watcher:
         self.router_id = router_id
         self._changed = asyncio.Event()
         self._stamps: list[Stamp] = []
+        self._steps = StepReservoir(MAX_MESSAGE_STEPS)
 
     async def changed(self, timeout_s: float) -> list[Stamp]:
         """Waits for a change or `timeout_s`; returns the router's stamps since the last call."""
@@ -55,6 +59,14 @@ class Watcher:
         self._stamps.append(stamp)
         del self._stamps[:-_MAX_STAMPS]
 
+    def measured(self, steps: Iterable[StepSample]) -> None:
+        """Keeps steps for the next message."""
+        self._steps.add(steps)
+
+    def take_steps(self) -> tuple[StepSample, ...]:
+        """The steps that are to go into the next message."""
+        return self._steps.take()
+
     def wake(self) -> None:
         """Ends the wait in `changed`."""
         self._changed.set()
@@ -65,6 +77,7 @@ class WorkerState:
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
+        self.accepted_prefill_tokens_total = 0
         self.generated_tokens_total = 0
         self._numbers = itertools.count(1)
         self._runs: dict[int, Run] = {}
@@ -91,12 +104,20 @@ class WorkerState:
         """Tokens whose KV running attempts hold or will hold, output included."""
         return sum(run.kv_tokens + run.generated_tokens for run in self._runs.values())
 
-    def check(self, incarnation: int) -> None:
-        """Raises UnavailableError where this replica is not the one meant, or takes no new work."""
-        if incarnation not in (0, self.lease.incarnation):
-            raise UnavailableError(
-                f"{self.lease.replica_id} is incarnation {self.lease.incarnation}, not {incarnation}", reason=Reason.STALE_INCARNATION
-            )
+    def check(self, model: str, incarnation: int, replica_id: str = "", namespace: str = "") -> None:
+        """Raises UnavailableError where this replica is not the one meant, or takes no new work; InvalidRequestError for another model.
+
+        An incarnation of 0, an empty id and an empty namespace of blocks mean any.
+        """
+        own = self.lease
+        if replica_id not in ("", own.replica_id):
+            raise UnavailableError(f"this is {own.replica_id}, not {replica_id}", reason=Reason.STALE_INCARNATION)
+        if incarnation not in (0, own.incarnation):
+            raise UnavailableError(f"{own.replica_id} is incarnation {own.incarnation}, not {incarnation}", reason=Reason.STALE_INCARNATION)
+        if namespace not in ("", own.namespace):
+            raise UnavailableError(f"{own.replica_id} has blocks of {own.namespace}, not of {namespace}", reason=Reason.STALE_INCARNATION)
+        if model != own.model:
+            raise InvalidRequestError("model", f"{own.replica_id} serves {own.model!r}, not {model!r}")
         if self.lease.state is ReplicaState.DRAINING:
             raise UnavailableError(f"{self.lease.replica_id} is draining", reason=Reason.DRAINING)
 
@@ -104,6 +125,7 @@ class WorkerState:
     def accept(self, router_id: str, request_id: str, attempt: int, *, prefill_tokens: int, kv_tokens: int) -> Iterator[Run]:
         """Books an attempt for as long as the context lasts."""
         run = Run(number=next(self._numbers), prefill_tokens=prefill_tokens, kv_tokens=kv_tokens)
+        self.accepted_prefill_tokens_total += prefill_tokens
         self._runs[run.number] = run
         self._stamp(router_id, Stamp(request_id=RequestId(request_id), attempt=attempt, kind=StampKind.ACCEPTED))
         try:
@@ -114,6 +136,7 @@ class WorkerState:
 
     def must_prefill(self, run: Run, prefill_tokens: int) -> None:
         """The attempt's prompt is computed here after all."""
+        self.accepted_prefill_tokens_total += prefill_tokens - run.prefill_tokens
         run.prefill_tokens = prefill_tokens
         self._wake()
 
@@ -126,6 +149,11 @@ class WorkerState:
         """Tokens left this replica."""
         run.generated_tokens += tokens
         self.generated_tokens_total += tokens
+
+    def measured(self, steps: Sequence[StepSample]) -> None:
+        """The engine measured these steps: every router is told of them with its next message, which they do not hasten."""
+        for watcher in self._watchers:
+            watcher.measured(steps)
 
     def set_addresses(self, address: str, metrics_address: str) -> None:
         """The server's addresses, known once it listens."""

@@ -5,10 +5,10 @@ Everything is drawn before the run and is a function of the seed: same seed, sam
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ TRACE_BLOCK_TOKENS = 512
 FIRST_PROMPT_TOKEN_ID = 3
 # First words of seeds, so that no two uses draw the same numbers.
 _TIMES, _LENGTHS, _BLOCK, _TAIL = range(4)
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,13 +93,20 @@ def draw_requests(
     ]
 
 
-def parse_trace(lines: Iterable[str], name: str) -> list[TraceRow]:
+def parse_trace(lines: Iterable[str], name: str, *, must_be_ordered: bool = False) -> list[TraceRow]:
     """The rows of a Mooncake-format trace: JSON lines of timestamp (ms), input_length, output_length and (optional) hash_ids.
 
     Rows of one timestamp are spread evenly over the time to the next one, because recorded times lie on a coarse grid. Raises
-    ConfigError naming the line.
+    ConfigError naming the line and the field; for a time before the last row's too where the trace `must_be_ordered`.
     """
-    rows = sorted((_row(line, f"{name}:{number}") for number, line in enumerate(lines, 1) if line.strip()), key=lambda row: row.time_s)
+    rows: list[TraceRow] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            row = _row(line, f"{name}:{number}")
+            if must_be_ordered and rows and row.time_s < rows[-1].time_s:
+                raise ConfigError(f"{name}:{number}: timestamp goes backwards, {row.time_s * 1000.0:g} after {rows[-1].time_s * 1000.0:g}")
+            rows.append(row)
+    rows.sort(key=lambda row: row.time_s)
     if not rows:
         raise ConfigError(f"{name} holds no requests")
     groups = [list(group) for _, group in groupby(rows, key=lambda row: row.time_s)]
@@ -115,19 +123,41 @@ def parse_trace(lines: Iterable[str], name: str) -> list[TraceRow]:
 def _row(line: str, where: str) -> TraceRow:
     try:
         fields = json.loads(line)
+        if not isinstance(fields, dict):
+            raise ValueError("the line is no JSON object")
         row = TraceRow(
-            time_s=float(fields["timestamp"]) / 1000.0,
-            prompt_tokens=int(fields["input_length"]),
-            output_tokens=int(fields["output_length"]),
-            block_ids=tuple(int(block_id) for block_id in fields.get("hash_ids", ())),
+            time_s=_field(fields, "timestamp", float) / 1000.0,
+            prompt_tokens=_field(fields, "input_length", int),
+            output_tokens=_field(fields, "output_length", int),
+            block_ids=tuple(_field({"hash_ids": block_id}, "hash_ids", int) for block_id in _block_ids(fields)),
         )
     except KeyError as error:
         raise ConfigError(f"{where}: the field {error} is missing") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"{where}: no request with timestamp, input_length and output_length ({error})") from error
-    if not math.isfinite(row.time_s) or min(row.prompt_tokens, row.output_tokens, *row.block_ids, 1) < 0:
-        raise ConfigError(f"{where}: times must be finite, and lengths and hash_ids not negative")
+    if not math.isfinite(row.time_s):
+        raise ConfigError(f"{where}: times must be finite, timestamp is {row.time_s}")
+    for field, values in (("input_length", (row.prompt_tokens,)), ("output_length", (row.output_tokens,)), ("hash_ids", row.block_ids)):
+        if min(values, default=0) < 0:
+            raise ConfigError(f"{where}: {field} must not be negative, got {min(values)}")
     return row
+
+
+def _field(fields: Mapping[str, object], name: str, kind: Callable[[float], _Number]) -> _Number:
+    """Raises KeyError, and ValueError naming the field."""
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {str(value)[:40]!r}")
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{name} must be a whole number, got {value}")
+    return kind(value)
+
+
+def _block_ids(fields: Mapping[str, object]) -> list[object]:
+    block_ids = fields.get("hash_ids", [])
+    if not isinstance(block_ids, list):
+        raise ValueError(f"hash_ids must be a list of numbers, got {str(block_ids)[:40]!r}")
+    return block_ids
 
 
 def requests_of_trace(

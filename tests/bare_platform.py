@@ -39,6 +39,7 @@ class BareOptions:
     faults: str = ""
     routers: int = 1
     max_restarts: int = MAX_RESTARTS
+    zygote_socket: Path | None = None  # of somebody else's zygote; None: one of its own
 
 
 class BarePlatform:
@@ -56,7 +57,7 @@ class BarePlatform:
         self._tether: int | None = None
         self.store_dir = Path(options.store_dir or f"/dev/shm/tandem-{self.cluster}")
         self.runtime_dir = endpoint_folder() / self.cluster
-        self._zygote_socket = self.runtime_dir / "zygote.sock"
+        self.zygote_socket = options.zygote_socket or self.runtime_dir / "zygote.sock"
 
     @property
     def replicas(self) -> dict[str, ReplicaProcess]:
@@ -69,8 +70,8 @@ class BarePlatform:
         check_room(self.store_dir)
         self.runtime_dir.mkdir(mode=0o700, parents=True)
         self.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not has_cuda():
-            await self._start_zygote()
+        if not has_cuda() and self.options.zygote_socket is None:
+            await self.start_zygote()
         counts = {Role.PREFILL: self.options.prefill, Role.DECODE: self.options.decode}
         async with asyncio.TaskGroup() as group:
             for role, name in ((role, f"{role}-{number}") for role, count in counts.items() for number in range(count)):
@@ -78,7 +79,7 @@ class BarePlatform:
         for number in range(self.options.routers):
             await self.start_router(f"router-{number}")
 
-    async def add_replica(self, role: Role, name: str, **engine_changes: object) -> ReplicaProcess:
+    async def add_replica(self, role: Role, name: str, *, served_model: str = "", **engine_changes: object) -> ReplicaProcess:
         """Starts one more replica and supervises it; `engine_changes` are fields of EngineConfig."""
         engine = EngineConfig(
             model=str(resolve_model(self.options.model)),
@@ -92,12 +93,12 @@ class BarePlatform:
             replica_id=name,
             role=role,
             incarnation=1,
-            served_model=served_name(self.options.model),
+            served_model=served_model or served_name(self.options.model),
             engine=replace(engine, **engine_changes),  # type: ignore[arg-type]
             runtime_dir=str(self.runtime_dir),
             log_path=str(self.runtime_dir / f"{name}.log"),
         )
-        start = spawn_replica if self.zygote is None else ZygoteClient(self._zygote_socket, wait_s=1.0).start_replica
+        start = spawn_replica if has_cuda() else ZygoteClient(self.zygote_socket, wait_s=1.0).start_replica
         supervisor = self.supervisors[name] = ReplicaSupervisor(config, start, max_restarts=self.options.max_restarts)
         supervisor.begin()
         return await supervisor.wait_running()
@@ -120,26 +121,36 @@ class BarePlatform:
         if not self.options.store_dir:
             remove_folder(self.store_dir)
 
-    async def _start_zygote(self) -> None:
+    async def start_zygote(self) -> None:
+        """Starts one, or another one in a dead one's place, as a node's agent does."""
         tether = self.runtime_dir / "agent.lock"
-        self._tether = hold(tether)
+        if self._tether is None:
+            self._tether = hold(tether)
         with contextlib.ExitStack() as stack:
             log = stack.enter_context((self.runtime_dir / "zygote.log").open("ab"))
             self.zygote = await asyncio.create_subprocess_exec(
-                *zygote_command(self._zygote_socket, tether, grace_s=_TETHER_GRACE_S),
+                *zygote_command(self.zygote_socket, tether, grace_s=_TETHER_GRACE_S),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=zygote_environment(),
                 start_new_session=True,
             )
-        if not await ZygoteClient(self._zygote_socket, wait_s=_ZYGOTE_START_S).wait_ready():
+        if not await ZygoteClient(self.zygote_socket, wait_s=_ZYGOTE_START_S).wait_ready():
             raise ConfigError(f"the zygote did not start: {last_words(self.runtime_dir / 'zygote.log')}")
 
     async def start_router(self, name: str) -> None:
         """Starts one more router over the replicas that there are."""
         workers = [f"--worker={replica.address}" for replica in self.replicas.values()]
-        arguments = ["router", f"--cluster={self.cluster}", f"--router-id={name}", "--port=0", "--http-port=0", *workers]
+        arguments = [
+            "router",
+            f"--cluster={self.cluster}",
+            f"--router-id={name}",
+            "--port=0",
+            "--http-port=0",
+            "--one-worker-max-tokens=0",
+            *workers,
+        ]
         router, facts = await start_program(arguments, self.runtime_dir / f"{name}.log", ready="router ready")
         self.routers.append(router)
         self.router_addresses.append(facts["address"])

@@ -7,6 +7,8 @@ from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling, TokenLog
 from tandem.engine.base import EngineLoad, EngineOutput, EngineRequest, KvLoaded, KvTotals
 from tandem.engine_watch import EnginePulse
 from tandem.errors import TandemError
+from tandem.held_blocks import HeldBlocks
+from tandem.step_sample import StepSample
 
 EOS = 0
 VOCABULARY_TOKENS = 100
@@ -77,6 +79,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.info = INFO
+        self.blocks = HeldBlocks()
         self.gate = asyncio.Event()
         self.gate.set()
         self.publishes = asyncio.Event()
@@ -92,6 +95,7 @@ class FakeEngine:
         self.abort_reason: FinishReason | None = None
         self.breaks_off_after: int | None = None
         self.steps = 0
+        self.measured: tuple[StepSample, ...] = ()
         self._kept: dict[str, EngineRequest] = {}
         self._generating: set[str] = set()
 
@@ -173,6 +177,10 @@ class FakeEngine:
 
     def load(self) -> EngineLoad:
         return EngineLoad(running_requests=len(self._generating), waiting_requests=0, kv_used_fraction=0.25)
+
+    def take_steps(self) -> tuple[StepSample, ...]:
+        steps, self.measured = self.measured, ()
+        return steps
 
     def kv_totals(self) -> KvTotals:
         return KvTotals(corrupt_blocks=1, missing_blocks=2, loaded_bytes=3, published_bytes=4)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
+from tandem.api_key import KEY_VARIABLE, key_metadata
 from tandem.bench.load import LoadRun, Progress
 from tandem.bench.openai_target import OpenAITarget
 from tandem.bench.options import BenchOptions
@@ -24,7 +25,7 @@ from tandem.errors import Reason, UnavailableError
 from tandem.report import LoadReport, Outcome, load_report
 from tandem.workload import PlannedRequest
 
-API_KEY_VARIABLE = "OPENAI_API_KEY"
+OPENAI_KEY_VARIABLE = "OPENAI_API_KEY"
 _MAX_CONCURRENT_WARMUPS = 16
 
 
@@ -41,17 +42,19 @@ class BenchResult:
         return {"schema": "tandem.bench/1", "workload": self.workload, **asdict(self.report), "is_interrupted": self.is_interrupted}
 
 
-def run_command(options: BenchOptions, console: Console) -> BenchResult:
+def run_command(options: BenchOptions, console: Console, api_key: str | None = None) -> BenchResult:
     """Runs the load test in a process of its own; `console` shows a bar where it is a terminal. Ctrl-C ends the load, not the report.
+
+    `api_key`: else TANDEM_API_KEY, and for `url` else OPENAI_API_KEY. It is in no report.
 
     Raises ConfigError for wrong settings, UnavailableError where the endpoint cannot be reached, both before anything is sent.
     """
     options.validate()
     _allow_many_connections()
-    return uvloop.run(_run_interruptible(options, console))
+    return uvloop.run(_run_interruptible(options, console, api_key))
 
 
-async def _run_interruptible(options: BenchOptions, console: Console) -> BenchResult:
+async def _run_interruptible(options: BenchOptions, console: Console, api_key: str | None) -> BenchResult:
     loop = asyncio.get_running_loop()
 
     def start(run: LoadRun) -> None:
@@ -60,16 +63,20 @@ async def _run_interruptible(options: BenchOptions, console: Console) -> BenchRe
         gc.freeze()  # the workload lives to the end: the collector need not stop the loop to look through it
 
     with _bar(console) as show:
-        return await run_bench(options, on_start=start, on_tick=show)
+        return await run_bench(options, api_key, on_start=start, on_tick=show)
 
 
 async def run_bench(
-    options: BenchOptions, *, on_start: Callable[[LoadRun], None] | None = None, on_tick: Callable[[Progress], None] | None = None
+    options: BenchOptions,
+    api_key: str | None = None,
+    *,
+    on_start: Callable[[LoadRun], None] | None = None,
+    on_tick: Callable[[Progress], None] | None = None,
 ) -> BenchResult:
     """One load test on the running loop; `on_start` gets the run right before its first request."""
     options.validate()
     rows = read_trace(options)
-    target = _open_target(options)
+    target = _open_target(options, api_key)
     try:
         model = choose_model(await target.models(), options.model)
         requests, notes = plan_requests(options, rows, model)
@@ -90,6 +97,7 @@ async def run_bench(
         "endpoint_kind": target.kind,
         "endpoint": target.address,
         "model": model.id,
+        "engine": model.engine,
         **options.described(),
         "requests": len(requests),
         "mean_prompt_tokens": sum(request.prompt_tokens for request in requests) / len(requests),
@@ -98,10 +106,12 @@ async def run_bench(
     return BenchResult(workload=workload, report=report, is_interrupted=run.is_stopped)
 
 
-def _open_target(options: BenchOptions) -> Target:
+def _open_target(options: BenchOptions, api_key: str | None) -> Target:
     if options.url is None:
-        return TandemTarget(options.endpoint, timeout_s=options.timeout_s)
-    return OpenAITarget(options.url, timeout_s=options.timeout_s, api_key=os.environ.get(API_KEY_VARIABLE))
+        return TandemTarget(options.endpoint, timeout_s=options.timeout_s, api_key=api_key)
+    if api_key is None and not os.environ.get(KEY_VARIABLE):
+        api_key = os.environ.get(OPENAI_KEY_VARIABLE)
+    return OpenAITarget(options.url, timeout_s=options.timeout_s, headers=key_metadata(api_key))
 
 
 async def _warm_up(requests: list[PlannedRequest], prepare: Callable[[PlannedRequest], Call], concurrency: int | None) -> None:

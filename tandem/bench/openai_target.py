@@ -13,7 +13,7 @@ import aiohttp
 
 from tandem.bench.event_stream import EventStream
 from tandem.bench.target import Call, ServedModel
-from tandem.errors import ConfigError, ProtocolError, Reason, TandemError, UnavailableError
+from tandem.errors import AuthenticationError, ConfigError, ProtocolError, Reason, TandemError, UnavailableError
 from tandem.report import RequestRecord
 from tandem.workload import PlannedRequest
 
@@ -27,16 +27,17 @@ class OpenAITarget:
 
     kind = "openai"
 
-    def __init__(self, url: str, *, timeout_s: float, api_key: str | None = None) -> None:
+    def __init__(self, url: str, *, timeout_s: float, headers: Sequence[tuple[str, str]] = ()) -> None:
         self.address = base_url(url)
         self._timeout_s = timeout_s
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
         timeout = aiohttp.ClientTimeout(total=None)  # asyncio.timeout holds the deadline of a whole request
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=[("Content-Type", "application/json"), *headers]
+        )
 
     async def models(self) -> Sequence[ServedModel]:
-        """The server's list, empty where it has none; raises UnavailableError where nobody answers."""
+        """The server's list, empty where it has none; raises UnavailableError where nobody answers, AuthenticationError for the key."""
         url = f"{self.address}/v1/models"
         try:
             async with asyncio.timeout(_QUERY_TIMEOUT_S), self._session.get(url) as response:
@@ -45,6 +46,8 @@ class OpenAITarget:
             raise UnavailableError(f"no answer from {url} within {_QUERY_TIMEOUT_S:.0f} s", reason=Reason.NO_REPLICA) from error
         except (aiohttp.ClientError, OSError) as error:
             raise UnavailableError(f"cannot reach {self.address}: {error}", reason=Reason.NO_REPLICA) from error
+        if status == 401:
+            raise AuthenticationError(f"{url} asks for another API key: give TANDEM_API_KEY or --api-key")
         if status in (404, 405, 501):
             return ()
         if status != 200:
@@ -151,8 +154,14 @@ def _models(url: str, body: bytes) -> Sequence[ServedModel]:
     found = []
     for entry in data:
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
-            context_tokens = entry.get("max_model_len")
-            found.append(ServedModel(id=entry["id"], context_tokens=context_tokens if isinstance(context_tokens, int) else None))
+            context_tokens, engine = entry.get("max_model_len"), entry.get("engine")
+            found.append(
+                ServedModel(
+                    id=entry["id"],
+                    context_tokens=context_tokens if isinstance(context_tokens, int) else None,
+                    engine=engine if isinstance(engine, str) else None,
+                )
+            )
     return found
 
 

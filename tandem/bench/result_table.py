@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from tandem.bench.command import BenchResult
+from tandem.cluster_config import SIMULATED
 from tandem.report import Spread
 
 _COLUMNS = ("mean", "p50", "p90", "p99", "min", "max")
@@ -27,6 +28,8 @@ def bench_lines(result: BenchResult) -> Iterator[str]:
     counts = report.counts
     cancelled = f", {counts.cancelled} cancelled" if counts.cancelled else ""
     yield f"requests: {counts.sent} sent, {counts.completed} completed, {counts.failed} failed{cancelled}, in {report.duration_s:.2f} s"
+    if result.workload.get("engine") == SIMULATED:
+        yield "the engine is simulated: times are those of its step profile, not of a model"
     yield f"tokens: {counts.prompt_tokens} prompt, {counts.output_tokens} output"
     yield (
         f"rates: {report.request_rps:.3f} requests/s, goodput {report.goodput_rps:.3f} requests/s,"

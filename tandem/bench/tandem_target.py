@@ -15,13 +15,14 @@ class TandemTarget:
 
     kind = "grpc"
 
-    def __init__(self, endpoint: str | None, *, timeout_s: float) -> None:
-        self._client = AsyncClient(endpoint, timeout_s=timeout_s)
+    def __init__(self, endpoint: str | None, *, timeout_s: float, api_key: str | None = None) -> None:
+        self._client = AsyncClient(endpoint, timeout_s=timeout_s, api_key=api_key)
         self.address = self._client.endpoint
 
     async def models(self) -> Sequence[ServedModel]:
         """The router's models."""
-        return [ServedModel(id=model.id, context_tokens=model.context_tokens) for model in await self._client.models()]
+        cards = await self._client.models()
+        return [ServedModel(id=card.id, context_tokens=card.context_tokens, engine=card.engine or None) for card in cards]
 
     def prepare(self, request: PlannedRequest, token_ids: Sequence[int], model: str) -> Call:
         """The message is built here; the call starts when the stream is read."""

@@ -15,10 +15,11 @@ Call = Callable[[RequestRecord], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """A model that the endpoint offers; `context_tokens` is None where it does not say."""
+    """A model that the endpoint offers; `context_tokens` and `engine` are None where it does not say."""
 
     id: str
     context_tokens: int | None
+    engine: str | None = None
 
 
 class Target(Protocol):

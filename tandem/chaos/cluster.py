@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tandem.cleanup import clean_cluster, processes_of
@@ -22,7 +22,7 @@ from tandem.node_folder import NodeFacts, NodeFolder, cluster_folder, ray_folder
 from tandem.parenthood import die_with_parent
 
 _USER_FOLDER = "XDG_RUNTIME_DIR"
-_KV_CACHE_BYTES = 64 << 20
+_OPTIONS = (f"--kv-cache-bytes={64 << 20}", "--dtype=float32", "--one-worker-max-tokens=0")
 _START_S = 240.0
 _STOP_S = 60.0
 _LAST_LINES = 20
@@ -35,12 +35,12 @@ Progress = Callable[[str], None]
 class ChaosCluster:
     """One `tandem up`. `start` moves this process into the user folder, `stop` moves it back."""
 
-    def __init__(self, *, prefill: int, decode: int, routers: int, model: str = "bundled") -> None:
+    def __init__(self, *, prefill: int, decode: int, routers: int, model: str = "bundled", options: Sequence[str] = _OPTIONS) -> None:
         self.id = f"chaos-{secrets.token_hex(3)}"
         self.sizes = {"prefill": prefill, "decode": decode, "routers": routers}
         self.endpoints: dict[str, object] = {}
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self._model = model
+        self._options = [f"--model={model}", *(f"--{name}={count}" for name, count in self.sizes.items()), *options]
         self._user: Path | None = None
         self._former_user: str | None = None
         self._up: asyncio.subprocess.Process | None = None
@@ -51,10 +51,8 @@ class ChaosCluster:
         self._user = Path(tempfile.mkdtemp(prefix="tc-"))  # short: sockets are in it
         self._former_user = os.environ.get(_USER_FOLDER)
         os.environ[_USER_FOLDER] = str(self._user)
-        options = [f"--{name}={count}" for name, count in self.sizes.items()]
         self._up = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tandem", "up", f"--cluster={self.id}", "--port=0", "--http-port=0", f"--model={self._model}"),
-            *(*options, f"--kv-cache-bytes={_KV_CACHE_BYTES}", "--dtype=float32"),
+            *(sys.executable, "-m", "tandem", "up", f"--cluster={self.id}", "--port=0", "--http-port=0", *self._options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -45,6 +45,7 @@ _MODEL = "bundled"
 _TIMED_REPEATS = 15
 _TIMED_TOKENS = 1000
 _HELD_BACK_S = 0.5
+_HOLD_S = 1.1 * _HELD_BACK_S  # what the fault waits: it begins before the first token is read, so a gap is shorter
 _HELD_BACK_REPEATS = 7
 _START_S = 120.0
 _STOP_S = 60.0
@@ -66,7 +67,7 @@ class Cluster:
 
     async def start(self) -> None:
         """`tandem up` with one prefill and two decode replicas; returns when it is ready. Raises RuntimeError with its last words."""
-        options = ["--port=0", "--http-port=0", "--prefill=1", "--decode=2", "--max-decode=3"]
+        options = ["--port=0", "--http-port=0", "--prefill=1", "--decode=2", "--max-decode=3", "--one-worker-max-tokens=0"]
         self._up = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tandem", "up", f"--cluster={self.id}", *options),
             stdout=asyncio.subprocess.PIPE,
@@ -273,7 +274,7 @@ async def hold_back(cluster: Cluster, client: tandem.AsyncClient, prompts: Promp
     """Whether the first token leaves before any KV has moved: TTFT of a pair whose transfers wait, against the ordinary pair."""
     leases = {lease.role: lease for lease in await ready_leases(client)}
     decode, prefill = leases[Role.DECODE], leases[Role.PREFILL]
-    async with beside(cluster.node(), Role.PREFILL, "held-prefill", faults=f"kv_publish.delay_s={_HELD_BACK_S}") as replica:
+    async with beside(cluster.node(), Role.PREFILL, "held-prefill", faults=f"kv_publish.delay_s={_HOLD_S}") as replica:
         usual, held = DirectCaller(decode, [prefill]), DirectCaller(decode, [await replica.wait_running()])
         await held.run(prompts.next(320), 4)
         usual_runs, held_runs = [], []

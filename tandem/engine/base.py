@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling
+from tandem.held_blocks import HeldBlocks
+from tandem.step_sample import StepSample
+
+MAX_STEP_SAMPLES = 64  # an engine keeps for `take_steps`, which is called ten times a second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +123,7 @@ class Engine(Protocol):
     """One engine. All methods belong to one event loop."""
 
     info: EngineInfo
+    blocks: HeldBlocks  # of the engine's own prefix cache
 
     def start(self) -> None:
         """Attaches to the running event loop."""
@@ -140,6 +145,9 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad:
         """Load now."""
+
+    def take_steps(self) -> tuple[StepSample, ...]:
+        """Steps measured since the last call, in their order: MAX_STEP_SAMPLES at most, prefill and decode steps among them."""
 
     def kv_totals(self) -> KvTotals:
         """Transfer counts now."""

@@ -1,32 +1,74 @@
 """What a run needs before it is scheduled to go on from another run's output: its grammar where that one's was, its sampler told.
 
 Done where the scheduler takes a request in: once per request whatever is preempted later, and with or without a KV connector.
+Has the steps measured too, for the engine core calls the scheduler at a step's begin and end, and tells what the prefix cache holds.
 """
 
+import time
 from concurrent.futures import Future
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from tandem.engine.block_events import BlockEvents, with_blocks
+from tandem.engine.step_meter import StepMeter, with_step
 from tandem.engine.takeover import resumed_tokens, take_over
 from tandem.parenthood import die_with_parent
+from tandem.step_sample import StepSample
 
 
 class SeamScheduler(Scheduler):
-    """vLLM's scheduler with prepared requests."""
+    """vLLM's scheduler with prepared requests and measured steps."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         die_with_parent()  # in the engine's process: without it an engine outlives its killed replica for ever
+        self._meter = StepMeter()
+        self._sample: StepSample | None = None  # of the step that is ending
         super().__init__(*arguments, **options)
+        self._block_events = BlockEvents(self.kv_cache_manager.block_pool)
 
     def add_request(self, request: Request) -> None:
         """Takes a request in."""
         prepare(request, owns_draws=not self.vllm_config.use_v2_model_runner)
         super().add_request(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Begins a step."""
+        began_s = time.perf_counter()
+        output = super().schedule(throttle_prefills)
+        self._meter.scheduled(output, began_s)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> dict[int, EngineCoreOutputs]:
+        """Ends a step; its sample leaves with its stats."""
+        self._sample = self._meter.ended(scheduler_output, time.perf_counter())
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        return outputs
+
+    def make_stats(self, *arguments: Any, **options: Any) -> SchedulerStats | None:
+        """Stats of the step that is ending."""
+        stats = super().make_stats(*arguments, **options)
+        if stats is not None and self._sample is not None:
+            stats.kv_connector_stats = with_step(stats.kv_connector_stats, self._sample)
+            self._sample = None
+        if stats is not None and (change := self._block_events.take()):
+            stats.kv_connector_stats = with_blocks(stats.kv_connector_stats, change)
+        return stats
+
+    def reset_prefix_cache(self, *arguments: Any, **options: Any) -> bool:
+        """Forgets all cached blocks, where none is in use."""
+        has_reset = bool(super().reset_prefix_cache(*arguments, **options))
+        if has_reset:
+            self._block_events.was_reset()
+        return has_reset
 
 
 class SeamAsyncScheduler(SeamScheduler, AsyncScheduler):

@@ -28,14 +28,20 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from tandem.config import EngineConfig
 from tandem.domain import EngineInfo, FinishReason, Logprobs, Sampling, TokenLogprob
-from tandem.engine.base import EngineLoad, EngineOutput, EngineRequest, KvLink, KvLoaded, KvTotals
+from tandem.engine.base import MAX_STEP_SAMPLES, EngineLoad, EngineOutput, EngineRequest, KvLink, KvLoaded, KvTotals
+from tandem.engine.block_events import take_blocks
 from tandem.engine.model_files import digest_model, resolve_model
 from tandem.engine.output_text import VllmOutputText
+from tandem.engine.resumption import check_resumed
 from tandem.engine.seam_sampler import install_sampler
 from tandem.engine.seam_scheduler import install_scheduler
-from tandem.engine.vllm_params import check_resumed, last_line, to_sampling_params
+from tandem.engine.step_meter import take_step
+from tandem.engine.vllm_params import last_line, to_sampling_params
 from tandem.engine_watch import EnginePulse
 from tandem.errors import ConfigError, EngineError, InvalidRequestError, Reason, TandemError
+from tandem.held_blocks import HeldBlocks
+from tandem.step_reservoir import StepReservoir
+from tandem.step_sample import StepSample
 
 _SHUTDOWN_S = 5.0
 
@@ -68,6 +74,7 @@ class VllmEngine:
         self._is_closed = False
         self._read_choices = 0
         self._stats = _LatestStats()
+        self.blocks = self._stats.blocks
         is_cpu = not torch.cuda.is_available()
         folder = resolve_model(config.model)
         if is_cpu:
@@ -127,6 +134,7 @@ class VllmEngine:
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            hardware="cpu" if is_cpu else torch.cuda.get_device_name(),
         )
         self._tokenizer = self._llm.get_tokenizer()
 
@@ -200,6 +208,10 @@ class VllmEngine:
             return EngineLoad(running_requests=0, waiting_requests=0, kv_used_fraction=0.0)
         return replace(self._stats.load, unowned_requests=max(0, unfinished - self._read_choices))
 
+    def take_steps(self) -> tuple[StepSample, ...]:
+        """Steps measured since the last call."""
+        return self._stats.samples.take()
+
     def kv_totals(self) -> KvTotals:
         """Transfer counts now."""
         return KvTotals() if self._link is None else self._link.totals()
@@ -233,11 +245,13 @@ def _register_in_process(folder: Path) -> None:
 
 
 class _LatestStats(StatLoggerBase):
-    """Keeps the last step's scheduler counts; vLLM calls `record` once per step."""
+    """Keeps the last step's scheduler counts, samples, and the cached blocks. vLLM calls `record` once a step, before its own loggers'."""
 
     def __init__(self) -> None:
         self.load = EngineLoad(running_requests=0, waiting_requests=0, kv_used_fraction=0.0)
         self.steps = 0
+        self.samples = StepReservoir(MAX_STEP_SAMPLES)
+        self.blocks = HeldBlocks()
 
     def record(
         self,
@@ -253,6 +267,12 @@ class _LatestStats(StatLoggerBase):
                 waiting_requests=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
                 kv_used_fraction=scheduler_stats.kv_cache_usage,
             )
+            sample, scheduler_stats.kv_connector_stats = take_step(scheduler_stats.kv_connector_stats)
+            if sample is not None:
+                self.samples.add((sample,))
+            change, scheduler_stats.kv_connector_stats = take_blocks(scheduler_stats.kv_connector_stats)
+            if change:
+                self.blocks.apply(change)
 
     def log_engine_initialized(self) -> None:
         pass

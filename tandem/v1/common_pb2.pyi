@@ -69,7 +69,7 @@ class Lease(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., namespace: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., model_path: _Optional[str] = ..., engine: _Optional[_Union[EngineInfo, _Mapping]] = ..., store_address: _Optional[str] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("block_size_tokens", "context_tokens", "vocabulary_tokens", "kv_blocks", "kv_block_bytes", "dtype", "engine", "engine_version", "eos_token_ids", "max_num_seqs", "max_num_batched_tokens")
+    __slots__ = ("block_size_tokens", "context_tokens", "vocabulary_tokens", "kv_blocks", "kv_block_bytes", "dtype", "engine", "engine_version", "eos_token_ids", "max_num_seqs", "max_num_batched_tokens", "hardware")
     BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class EngineInfo(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_FIELD_NUMBER: _ClassVar[int]
     block_size_tokens: int
     context_tokens: int
     vocabulary_tokens: int
@@ -92,7 +93,8 @@ class EngineInfo(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_num_seqs: int
     max_num_batched_tokens: int
-    def __init__(self, block_size_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ...) -> None: ...
+    hardware: str
+    def __init__(self, block_size_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_block_bytes: _Optional[int] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., hardware: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs", "n", "logit_bias", "include_stop_str_in_output", "skip_special_tokens", "json_schema", "regex", "grammar", "choices", "json_object")
@@ -208,7 +210,7 @@ class PlannedWorker(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., store_address: _Optional[str] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("plan_id", "prefill", "decode", "manifest", "retry_budget", "deadline_remaining_s", "predicted", "one_worker_reason", "signature", "router_id")
+    __slots__ = ("plan_id", "prefill", "decode", "manifest", "retry_budget", "deadline_remaining_s", "predicted", "one_worker_reason", "signature", "router_id", "slack_s")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +221,7 @@ class Plan(_message.Message):
     ONE_WORKER_REASON_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SLACK_S_FIELD_NUMBER: _ClassVar[int]
     plan_id: str
     prefill: _containers.RepeatedCompositeFieldContainer[PlannedWorker]
     decode: PlannedWorker
@@ -229,7 +232,8 @@ class Plan(_message.Message):
     one_worker_reason: str
     signature: bytes
     router_id: str
-    def __init__(self, plan_id: _Optional[str] = ..., prefill: _Optional[_Iterable[_Union[PlannedWorker, _Mapping]]] = ..., decode: _Optional[_Union[PlannedWorker, _Mapping]] = ..., manifest: _Optional[_Union[BlockManifest, _Mapping]] = ..., retry_budget: _Optional[int] = ..., deadline_remaining_s: _Optional[float] = ..., predicted: _Optional[_Iterable[_Union[PredictedTerm, _Mapping]]] = ..., one_worker_reason: _Optional[str] = ..., signature: _Optional[bytes] = ..., router_id: _Optional[str] = ...) -> None: ...
+    slack_s: float
+    def __init__(self, plan_id: _Optional[str] = ..., prefill: _Optional[_Iterable[_Union[PlannedWorker, _Mapping]]] = ..., decode: _Optional[_Union[PlannedWorker, _Mapping]] = ..., manifest: _Optional[_Union[BlockManifest, _Mapping]] = ..., retry_budget: _Optional[int] = ..., deadline_remaining_s: _Optional[float] = ..., predicted: _Optional[_Iterable[_Union[PredictedTerm, _Mapping]]] = ..., one_worker_reason: _Optional[str] = ..., signature: _Optional[bytes] = ..., router_id: _Optional[str] = ..., slack_s: _Optional[float] = ...) -> None: ...
 
 class BlockManifest(_message.Message):
     __slots__ = ("namespace", "prompt_blocks", "cached_blocks", "holders")

@@ -13,7 +13,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("cluster", "router_id", "replicas", "targets", "queued_requests", "running_requests", "queues")
+    __slots__ = ("cluster", "router_id", "replicas", "targets", "queued_requests", "running_requests", "queues", "predictions")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class GetStatusResponse(_message.Message):
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     QUEUES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     router_id: str
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
@@ -28,7 +29,36 @@ class GetStatusResponse(_message.Message):
     queued_requests: int
     running_requests: int
     queues: _containers.RepeatedCompositeFieldContainer[ModelQueue]
-    def __init__(self, cluster: _Optional[str] = ..., router_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[ModelQueue, _Mapping]]] = ...) -> None: ...
+    predictions: _containers.RepeatedCompositeFieldContainer[ModelPredictions]
+    def __init__(self, cluster: _Optional[str] = ..., router_id: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., queues: _Optional[_Iterable[_Union[ModelQueue, _Mapping]]] = ..., predictions: _Optional[_Iterable[_Union[ModelPredictions, _Mapping]]] = ...) -> None: ...
+
+class ModelPredictions(_message.Message):
+    __slots__ = ("model", "is_trusted", "scores")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    IS_TRUSTED_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    is_trusted: bool
+    scores: _containers.RepeatedCompositeFieldContainer[PredictionScore]
+    def __init__(self, model: _Optional[str] = ..., is_trusted: _Optional[bool] = ..., scores: _Optional[_Iterable[_Union[PredictionScore, _Mapping]]] = ...) -> None: ...
+
+class PredictionScore(_message.Message):
+    __slots__ = ("kind", "outcomes_total", "window_outcomes", "predicted_p50", "actual_p50", "mean_error_fraction", "q90_coverage_fraction")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    OUTCOMES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_P50_FIELD_NUMBER: _ClassVar[int]
+    ACTUAL_P50_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ERROR_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    Q90_COVERAGE_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    outcomes_total: int
+    window_outcomes: int
+    predicted_p50: float
+    actual_p50: float
+    mean_error_fraction: float
+    q90_coverage_fraction: float
+    def __init__(self, kind: _Optional[str] = ..., outcomes_total: _Optional[int] = ..., window_outcomes: _Optional[int] = ..., predicted_p50: _Optional[float] = ..., actual_p50: _Optional[float] = ..., mean_error_fraction: _Optional[float] = ..., q90_coverage_fraction: _Optional[float] = ...) -> None: ...
 
 class ModelQueue(_message.Message):
     __slots__ = ("model", "queued_requests", "queued_work_s", "requests_total")

@@ -88,17 +88,19 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "context_tokens", "block_size_tokens", "prefill_replicas", "decode_replicas", "namespace")
+    __slots__ = ("id", "context_tokens", "block_size_tokens", "prefill_replicas", "decode_replicas", "namespace", "engine")
     ID_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     DECODE_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     id: str
     context_tokens: int
     block_size_tokens: int
     prefill_replicas: int
     decode_replicas: int
     namespace: str
-    def __init__(self, id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., prefill_replicas: _Optional[int] = ..., decode_replicas: _Optional[int] = ..., namespace: _Optional[str] = ...) -> None: ...
+    engine: str
+    def __init__(self, id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., prefill_replicas: _Optional[int] = ..., decode_replicas: _Optional[int] = ..., namespace: _Optional[str] = ..., engine: _Optional[str] = ...) -> None: ...

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from tandem.v1 import worker_pb2 as tandem_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tandem/v1/store.proto\x12\ttandem.v1\"\x12\n\x10StoreStatRequest\"\xaf\x01\n\x11StoreStatResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\"\n\x05tiers\x18\x02 \x03(\x0b\x32\x13.tandem.v1.TierStat\x12\x15\n\rgranted_slots\x18\x04 \x01(\x04\x12\x15\n\rleased_blocks\x18\x05 \x01(\x04\x12\x14\n\x0cleaked_slots\x18\x06 \x01(\x04\x12\x11\n\tis_native\x18\x07 \x01(\x08\x12\x11\n\tpeer_port\x18\x03 \x01(\r\"\xea\x01\n\x08TierStat\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x12\n\nhits_total\x18\x05 \x01(\x04\x12\x14\n\x0cmisses_total\x18\x06 \x01(\x04\x12\x15\n\rcorrupt_total\x18\x07 \x01(\x04\x12\x15\n\revicted_total\x18\x08 \x01(\x04\x12\x16\n\x0epromoted_total\x18\t \x01(\x04\x12\x15\n\rdemoted_total\x18\n \x01(\x04\x12\r\n\x05\x65rror\x18\x0b \x01(\t\"8\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"%\n\x0eLookupResponse\x12\x13\n\x07is_held\x18\x01 \x03(\x08\x42\x02\x10\x01\"]\n\x0b\x43opyRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x12\x14\n\x0c\x66rom_address\x18\x03 \x01(\t\x12\x0f\n\x07wait_ms\x18\x04 \x01(\r\":\n\x0c\x43opyResponse\x12\x15\n\rcopied_blocks\x18\x01 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x02 \x01(\r\":\n\x0fPrefetchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"\'\n\x10PrefetchResponse\x12\x13\n\x0bheld_blocks\x18\x01 \x01(\r\"7\n\x0c\x45victRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"\'\n\rEvictResponse\x12\x16\n\x0e\x65victed_blocks\x18\x01 \x01(\r2\xc3\x02\n\x05Store\x12\x41\n\x04Stat\x12\x1b.tandem.v1.StoreStatRequest\x1a\x1c.tandem.v1.StoreStatResponse\x12=\n\x06Lookup\x12\x18.tandem.v1.LookupRequest\x1a\x19.tandem.v1.LookupResponse\x12\x37\n\x04\x43opy\x12\x16.tandem.v1.CopyRequest\x1a\x17.tandem.v1.CopyResponse\x12\x43\n\x08Prefetch\x12\x1a.tandem.v1.PrefetchRequest\x1a\x1b.tandem.v1.PrefetchResponse\x12:\n\x05\x45vict\x12\x17.tandem.v1.EvictRequest\x1a\x18.tandem.v1.EvictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tandem/v1/store.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\x12\n\x10StoreStatRequest\"\xaf\x01\n\x11StoreStatResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\"\n\x05tiers\x18\x02 \x03(\x0b\x32\x13.tandem.v1.TierStat\x12\x15\n\rgranted_slots\x18\x04 \x01(\x04\x12\x15\n\rleased_blocks\x18\x05 \x01(\x04\x12\x14\n\x0cleaked_slots\x18\x06 \x01(\x04\x12\x11\n\tis_native\x18\x07 \x01(\x08\x12\x11\n\tpeer_port\x18\x03 \x01(\r\"\xea\x01\n\x08TierStat\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x02 \x01(\x04\x12\x12\n\nused_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x12\n\nhits_total\x18\x05 \x01(\x04\x12\x14\n\x0cmisses_total\x18\x06 \x01(\x04\x12\x15\n\rcorrupt_total\x18\x07 \x01(\x04\x12\x15\n\revicted_total\x18\x08 \x01(\x04\x12\x16\n\x0epromoted_total\x18\t \x01(\x04\x12\x15\n\rdemoted_total\x18\n \x01(\x04\x12\r\n\x05\x65rror\x18\x0b \x01(\t\"8\n\rLookupRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"%\n\x0eLookupResponse\x12\x13\n\x07is_held\x18\x01 \x03(\x08\x42\x02\x10\x01\"]\n\x0b\x43opyRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\x12\x14\n\x0c\x66rom_address\x18\x03 \x01(\t\x12\x0f\n\x07wait_ms\x18\x04 \x01(\r\":\n\x0c\x43opyResponse\x12\x15\n\rcopied_blocks\x18\x01 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x02 \x01(\r\":\n\x0fPrefetchRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"\'\n\x10PrefetchResponse\x12\x13\n\x0bheld_blocks\x18\x01 \x01(\r\"7\n\x0c\x45victRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x03(\x0c\"\'\n\rEvictResponse\x12\x16\n\x0e\x65victed_blocks\x18\x01 \x01(\r\"\x13\n\x11StoreWatchRequest\"R\n\x12StoreWatchResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12.\n\nnamespaces\x18\x02 \x03(\x0b\x32\x1a.tandem.v1.NamespaceEvents\"Q\n\x0fNamespaceEvents\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12+\n\x0c\x62lock_events\x18\x02 \x03(\x0b\x32\x15.tandem.v1.BlockEvent2\x8b\x03\n\x05Store\x12\x41\n\x04Stat\x12\x1b.tandem.v1.StoreStatRequest\x1a\x1c.tandem.v1.StoreStatResponse\x12=\n\x06Lookup\x12\x18.tandem.v1.LookupRequest\x1a\x19.tandem.v1.LookupResponse\x12\x37\n\x04\x43opy\x12\x16.tandem.v1.CopyRequest\x1a\x17.tandem.v1.CopyResponse\x12\x43\n\x08Prefetch\x12\x1a.tandem.v1.PrefetchRequest\x1a\x1b.tandem.v1.PrefetchResponse\x12:\n\x05\x45vict\x12\x17.tandem.v1.EvictRequest\x1a\x18.tandem.v1.EvictResponse\x12\x46\n\x05Watch\x12\x1c.tandem.v1.StoreWatchRequest\x1a\x1d.tandem.v1.StoreWatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,28 +34,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOOKUPRESPONSE'].fields_by_name['is_held']._loaded_options = None
   _globals['_LOOKUPRESPONSE'].fields_by_name['is_held']._serialized_options = b'\020\001'
-  _globals['_STORESTATREQUEST']._serialized_start=36
-  _globals['_STORESTATREQUEST']._serialized_end=54
-  _globals['_STORESTATRESPONSE']._serialized_start=57
-  _globals['_STORESTATRESPONSE']._serialized_end=232
-  _globals['_TIERSTAT']._serialized_start=235
-  _globals['_TIERSTAT']._serialized_end=469
-  _globals['_LOOKUPREQUEST']._serialized_start=471
-  _globals['_LOOKUPREQUEST']._serialized_end=527
-  _globals['_LOOKUPRESPONSE']._serialized_start=529
-  _globals['_LOOKUPRESPONSE']._serialized_end=566
-  _globals['_COPYREQUEST']._serialized_start=568
-  _globals['_COPYREQUEST']._serialized_end=661
-  _globals['_COPYRESPONSE']._serialized_start=663
-  _globals['_COPYRESPONSE']._serialized_end=721
-  _globals['_PREFETCHREQUEST']._serialized_start=723
-  _globals['_PREFETCHREQUEST']._serialized_end=781
-  _globals['_PREFETCHRESPONSE']._serialized_start=783
-  _globals['_PREFETCHRESPONSE']._serialized_end=822
-  _globals['_EVICTREQUEST']._serialized_start=824
-  _globals['_EVICTREQUEST']._serialized_end=879
-  _globals['_EVICTRESPONSE']._serialized_start=881
-  _globals['_EVICTRESPONSE']._serialized_end=920
-  _globals['_STORE']._serialized_start=923
-  _globals['_STORE']._serialized_end=1246
+  _globals['_STORESTATREQUEST']._serialized_start=60
+  _globals['_STORESTATREQUEST']._serialized_end=78
+  _globals['_STORESTATRESPONSE']._serialized_start=81
+  _globals['_STORESTATRESPONSE']._serialized_end=256
+  _globals['_TIERSTAT']._serialized_start=259
+  _globals['_TIERSTAT']._serialized_end=493
+  _globals['_LOOKUPREQUEST']._serialized_start=495
+  _globals['_LOOKUPREQUEST']._serialized_end=551
+  _globals['_LOOKUPRESPONSE']._serialized_start=553
+  _globals['_LOOKUPRESPONSE']._serialized_end=590
+  _globals['_COPYREQUEST']._serialized_start=592
+  _globals['_COPYREQUEST']._serialized_end=685
+  _globals['_COPYRESPONSE']._serialized_start=687
+  _globals['_COPYRESPONSE']._serialized_end=745
+  _globals['_PREFETCHREQUEST']._serialized_start=747
+  _globals['_PREFETCHREQUEST']._serialized_end=805
+  _globals['_PREFETCHRESPONSE']._serialized_start=807
+  _globals['_PREFETCHRESPONSE']._serialized_end=846
+  _globals['_EVICTREQUEST']._serialized_start=848
+  _globals['_EVICTREQUEST']._serialized_end=903
+  _globals['_EVICTRESPONSE']._serialized_start=905
+  _globals['_EVICTRESPONSE']._serialized_end=944
+  _globals['_STOREWATCHREQUEST']._serialized_start=946
+  _globals['_STOREWATCHREQUEST']._serialized_end=965
+  _globals['_STOREWATCHRESPONSE']._serialized_start=967
+  _globals['_STOREWATCHRESPONSE']._serialized_end=1049
+  _globals['_NAMESPACEEVENTS']._serialized_start=1051
+  _globals['_NAMESPACEEVENTS']._serialized_end=1132
+  _globals['_STORE']._serialized_start=1135
+  _globals['_STORE']._serialized_end=1530
 # @@protoc_insertion_point(module_scope)

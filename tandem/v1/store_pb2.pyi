@@ -1,3 +1,4 @@
+from tandem.v1 import worker_pb2 as _worker_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -115,3 +116,23 @@ class EvictResponse(_message.Message):
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     evicted_blocks: int
     def __init__(self, evicted_blocks: _Optional[int] = ...) -> None: ...
+
+class StoreWatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StoreWatchResponse(_message.Message):
+    __slots__ = ("node", "namespaces")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceEvents]
+    def __init__(self, node: _Optional[str] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceEvents, _Mapping]]] = ...) -> None: ...
+
+class NamespaceEvents(_message.Message):
+    __slots__ = ("namespace", "block_events")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    block_events: _containers.RepeatedCompositeFieldContainer[_worker_pb2.BlockEvent]
+    def __init__(self, namespace: _Optional[str] = ..., block_events: _Optional[_Iterable[_Union[_worker_pb2.BlockEvent, _Mapping]]] = ...) -> None: ...

@@ -34,7 +34,7 @@ class WorkerGenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., plan: _Optional[_Union[_common_pb2.Plan, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "model", "prompt_token_ids", "resumed_tokens", "sampling", "priority", "cache_salt", "incarnation", "router_id")
+    __slots__ = ("request_id", "attempt", "model", "prompt_token_ids", "resumed_tokens", "sampling", "priority", "cache_salt", "incarnation", "router_id", "slack_s", "replica_id", "namespace")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,9 @@ class PrefillRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SLACK_S_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     model: str
@@ -55,7 +58,10 @@ class PrefillRequest(_message.Message):
     cache_salt: str
     incarnation: int
     router_id: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resumed_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., incarnation: _Optional[int] = ..., router_id: _Optional[str] = ...) -> None: ...
+    slack_s: float
+    replica_id: str
+    namespace: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resumed_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., incarnation: _Optional[int] = ..., router_id: _Optional[str] = ..., slack_s: _Optional[float] = ..., replica_id: _Optional[str] = ..., namespace: _Optional[str] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("first_token", "published")
@@ -96,7 +102,7 @@ class WatchRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class WatchResponse(_message.Message):
-    __slots__ = ("incarnation", "sequence", "lease", "load", "stamps", "block_events", "progress")
+    __slots__ = ("incarnation", "sequence", "lease", "load", "stamps", "block_events", "progress", "steps")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +110,7 @@ class WatchResponse(_message.Message):
     STAMPS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     sequence: int
     lease: _common_pb2.Lease
@@ -111,7 +118,22 @@ class WatchResponse(_message.Message):
     stamps: _containers.RepeatedCompositeFieldContainer[RequestStamp]
     block_events: _containers.RepeatedCompositeFieldContainer[BlockEvent]
     progress: _containers.RepeatedCompositeFieldContainer[RequestProgress]
-    def __init__(self, incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., stamps: _Optional[_Iterable[_Union[RequestStamp, _Mapping]]] = ..., block_events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ..., progress: _Optional[_Iterable[_Union[RequestProgress, _Mapping]]] = ...) -> None: ...
+    steps: _containers.RepeatedCompositeFieldContainer[StepSample]
+    def __init__(self, incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., stamps: _Optional[_Iterable[_Union[RequestStamp, _Mapping]]] = ..., block_events: _Optional[_Iterable[_Union[BlockEvent, _Mapping]]] = ..., progress: _Optional[_Iterable[_Union[RequestProgress, _Mapping]]] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ...) -> None: ...
+
+class StepSample(_message.Message):
+    __slots__ = ("prefill_tokens", "prefill_pairs", "decode_requests", "kv_tokens", "duration_s")
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    prefill_tokens: int
+    prefill_pairs: int
+    decode_requests: int
+    kv_tokens: int
+    duration_s: float
+    def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_pairs: _Optional[int] = ..., decode_requests: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., duration_s: _Optional[float] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("running_requests", "waiting_requests", "pending_prefill_tokens", "kv_used_fraction", "kv_tokens", "generated_tokens_total", "corrupt_blocks_total", "missing_blocks_total", "loaded_bytes_total", "published_bytes_total")
@@ -166,7 +188,7 @@ class RequestProgress(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class BlockEvent(_message.Message):
-    __slots__ = ("kind", "block_hashes")
+    __slots__ = ("kind", "short_hashes")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[BlockEvent.Kind]
@@ -178,10 +200,10 @@ class BlockEvent(_message.Message):
     KIND_REMOVED: BlockEvent.Kind
     KIND_CLEARED: BlockEvent.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    SHORT_HASHES_FIELD_NUMBER: _ClassVar[int]
     kind: BlockEvent.Kind
-    block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, kind: _Optional[_Union[BlockEvent.Kind, str]] = ..., block_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    short_hashes: bytes
+    def __init__(self, kind: _Optional[_Union[BlockEvent.Kind, str]] = ..., short_hashes: _Optional[bytes] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("deadline_remaining_s",)

@@ -1,9 +1,10 @@
-"""What text of one choice keeps to, for vLLM's detokeniser as we use it and for the fake that other tests use."""
+"""What text of one choice keeps to: vLLM's detokeniser as we use it, the simulated engine's, and the fake that other tests use."""
 
 import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tandem.domain import Sampling
 from tandem.engine.base import OutputText
 from tandem.engine.model_files import bundled_model_path
+from tandem.engine.token_text import TokenText, load_tokenizer, whole_words
 from tests.fake_engine import WordText
 
 
@@ -43,10 +45,23 @@ def vllm_bench() -> Bench:
     return Bench(lambda sampling: VllmOutputText(tokenizer, (1, 2, 3), sampling), token_ids, words, tokenizer)
 
 
-@pytest.fixture(scope="module", params=[fake_bench, vllm_bench], ids=["fake", "vllm"])
+def simulated_bench() -> Bench:
+    tokenizer = load_tokenizer(bundled_model_path())
+    token_ids = tuple(tokenizer.encode(" for statement is used to").ids)
+    words = tuple(tokenizer.decode([token_id]) for token_id in token_ids)
+    return Bench(lambda sampling: TokenText(tokenizer, (1, 2, 3), sampling), token_ids, words, tokenizer)
+
+
+@pytest.fixture(scope="module", params=[fake_bench, vllm_bench, simulated_bench], ids=["fake", "vllm", "simulated"])
 def bench(request: pytest.FixtureRequest) -> Bench:
     made: Bench = request.param()
     return made
+
+
+def encoded(bench: Bench, text: str) -> list[int]:
+    """The two tokenizers answer each in their way."""
+    tokens = bench.tokenizer.encode(text)
+    return list(getattr(tokens, "ids", tokens))
 
 
 def added(text: OutputText, *groups: tuple[int, ...]) -> list[str | None]:
@@ -113,12 +128,48 @@ def test_text_of_resumed_tokens_can_be_passed_over(bench: Bench) -> None:
     assert text.kept_tokens() == 5
 
 
-def test_half_a_character_is_held_back() -> None:
-    bench = vllm_bench()  # the fake's tokens are whole words
+@pytest.mark.parametrize("make_bench", [vllm_bench, simulated_bench])  # the fake's tokens are whole words
+def test_half_a_character_is_held_back(make_bench: Callable[[], Bench]) -> None:
+    bench = make_bench()
     text = bench.make(Sampling())
     taken = []
-    for token_id in bench.tokenizer.encode("日本"):
+    for token_id in encoded(bench, "日本"):
         added(text, (token_id,))
         taken.append(text.take(is_finished=False))
     assert [part for part in taken if part] == ["日", "本"]
     assert taken[0] == ""
+
+
+RANDOM_STOPS = ("e", "an", "in ", "xyz", "re")
+
+
+@pytest.mark.parametrize("stop", [(), RANDOM_STOPS[:1], RANDOM_STOPS])
+@pytest.mark.parametrize("includes_stop", [False, True])
+@pytest.mark.parametrize("min_tokens", [0, 9])
+def test_without_vllm_text_is_the_same_as_with_it(stop: tuple[str, ...], includes_stop: bool, min_tokens: int) -> None:
+    benches = vllm_bench(), simulated_bench()
+    sampling = Sampling(stop=stop, include_stop_str_in_output=includes_stop, min_tokens=min_tokens, skip_special_tokens=not includes_stop)
+    for seed in range(30):
+        rng = Random(seed)
+        groups = [tuple(rng.randrange(2048) for _ in range(rng.randint(1, 4))) for _ in range(8)]
+        ends_by_token = rng.random() < 0.5
+        told: list[list[object]] = []
+        for bench in benches:
+            text = bench.make(sampling)
+            said: list[object] = []
+            for group in groups:
+                is_stop_token = ends_by_token and group is groups[-1]
+                found = text.add(group, is_stop_token=is_stop_token)
+                said += [found, text.take(is_finished=found is not None), text.kept_tokens()]
+                if found is not None:
+                    break
+            told.append([*said, text.take(is_finished=True)])
+        assert told[0] == told[1]
+
+
+def test_whole_words_are_text_by_themselves() -> None:
+    tokenizer = load_tokenizer(bundled_model_path())
+    words = whole_words(tokenizer)
+    assert 1000 < len(words) < tokenizer.get_vocab_size()
+    assert not set(words) & tokenizer.get_added_tokens_decoder().keys()
+    assert all("�" not in tokenizer.decode([word]) for word in words)

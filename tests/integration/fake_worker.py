@@ -1,6 +1,7 @@
 """A Worker service on loopback without an engine: its tokens are a function of prompt and position, its faults are switches."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ class Faults:
     is_watch_silent: bool = False
     has_no_receipt: bool = False
     coalesced_tokens: int = 1
+    text: str = ""  # of each message
 
 
 class FakeWorker:
@@ -46,6 +48,7 @@ class FakeWorker:
         self.requests: list[worker_pb2.WorkerGenerateRequest] = []
         self.time_remaining_s: float | None = None
         self.token_delay_s = 0.0
+        self.written_bytes = Counter[str]()  # by request
         self.hangs = asyncio.Event()
         self.was_cancelled = asyncio.Event()
         self.server: rpc.Server | None = None
@@ -53,7 +56,7 @@ class FakeWorker:
     async def generate(self, message: worker_pb2.WorkerGenerateRequest, call: rpc.ServerCall) -> None:
         self.requests.append(message)
         self.time_remaining_s = call.time_remaining_s()
-        self.state.check(message.incarnation)
+        self.state.check(message.model, message.incarnation)
         request, plan = convert.request_from_worker_pb(message), convert.plan_from_pb(message.plan)
         request.validate(self.state.lease.engine)
         tokens = request.total_tokens
@@ -89,11 +92,14 @@ class FakeWorker:
                 chunk = Chunk(
                     first_position=position,
                     token_ids=tuple(expected_token(request, position + index, choice) for index in range(count)),
+                    text=faults.text,
                     finish_reason=FinishReason.LENGTH if is_last else None,
                     usage=Usage(prompt_tokens=request.total_tokens, output_tokens=limit, cached_tokens=0) if is_last else None,
                     choice_index=choice - seed,
                 )
-                await call.write(convert.chunk_to_pb(chunk))
+                payload = convert.chunk_to_pb(chunk).SerializeToString()
+                await call.write(payload)
+                self.written_bytes[request.request_id] += len(payload)
             position += count
             await asyncio.sleep(self.token_delay_s)
         if faults.is_end_lost or faults.is_receipt_lost:

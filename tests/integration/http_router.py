@@ -1,7 +1,7 @@
 """The router's HTTP endpoint in front of fake workers, and a client that sends what it is told to."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ import aiohttp
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from router.access import Access
 from router.config import RouterConfig
 from router.http import HttpServer, start_http
 from router.http_calls import HttpCalls
@@ -17,6 +18,7 @@ from router.openai_service import OpenAiService
 from router.operator_service import OperatorService, replica_targets
 from router.tokenizer import Tokenizers
 from tandem.telemetry import RouterMetrics
+from tandem.tenancy import Tenant
 from tests.integration.fake_worker import FakeWorker, Faults, serve_workers
 from tests.integration.router_shell import CONFIG, Router, serve_router
 
@@ -68,15 +70,27 @@ class HttpRouter:
 
 
 @asynccontextmanager
-async def serve_http(config: RouterConfig = CONFIG, *, is_waiting: bool = True, **faults: Faults) -> AsyncIterator[HttpRouter]:
+async def serve_http(
+    config: RouterConfig = CONFIG, *, is_waiting: bool = True, tenants: Sequence[Tenant] = (), **faults: Faults
+) -> AsyncIterator[HttpRouter]:
     """A router with HTTP in front of one fake worker per keyword ("prefill_0", "decode_0")."""
-    async with serve_workers(**faults) as workers, serve_router(workers, config, is_waiting=is_waiting) as router:
+    async with serve_workers(**faults) as workers, serve_http_over(workers, config, is_waiting=is_waiting, tenants=tenants) as http:
+        yield http
+
+
+@asynccontextmanager
+async def serve_http_over(
+    workers: dict[str, FakeWorker], config: RouterConfig, *, is_waiting: bool = True, tenants: Sequence[Tenant] = ()
+) -> AsyncIterator[HttpRouter]:
+    """The same in front of workers that are there."""
+    async with serve_router(workers, config, is_waiting=is_waiting, tenants=tenants) as router:
         fleet, calls = router.shell.core.fleet, HttpCalls()
         openai = OpenAiService(router.shell, router.frontend, Tokenizers(), calls)
         operator = OperatorService(
             router.registry, lambda: None if fleet.leases else "no replica is reachable", lambda: replica_targets(fleet.leases, "c")
         )
-        server = await start_http("127.0.0.1", 0, [*openai.routes(), *operator.routes()], calls, router.shell.metrics)
+        routes, metrics = [*openai.routes(), *operator.routes()], router.shell.metrics
+        server = await start_http("127.0.0.1", 0, routes, calls, metrics, Access(tenants, metrics))
         try:
             async with aiohttp.ClientSession() as session:
                 yield HttpRouter(router=router, server=server, session=session, workers=workers)

@@ -1,7 +1,7 @@
 """A router on loopback in front of fake workers, and a client that joins its streams."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 from prometheus_client import CollectorRegistry
 
+from router.access import Access
 from router.config import RouterConfig
 from router.core import RouterCore
 from router.frontend import Frontend
@@ -21,12 +22,15 @@ from tandem import convert, rpc
 from tandem.domain import Receipt, Request, Sampling, Usage
 from tandem.errors import TandemError
 from tandem.telemetry import RouterMetrics
+from tandem.tenancy import Tenant
 from tandem.v1 import common_pb2, inference_pb2
 from tests.integration.fake_worker import FakeWorker, expected_token
 from tests.samples import make_request
 
 GENERATE = "tandem.v1.Inference/Generate"
-CONFIG = RouterConfig(tick_s=0.01, no_replica_wait_s=0.3, retry_hold_s=0.1, watch_silence_s=2.5, reconnect_max_s=0.2)
+CONFIG = RouterConfig(
+    one_worker_max_tokens=0, tick_s=0.01, no_replica_wait_s=0.3, retry_hold_s=0.1, watch_silence_s=2.5, reconnect_max_s=0.2
+)
 
 
 @dataclass
@@ -97,9 +101,9 @@ def expected(request: Request, first: int = 0, choice: int = 0) -> list[int]:
     return [expected_token(request, position, choice) for position in range(first, request.sampling.max_tokens)]
 
 
-async def eventually(is_so: Callable[[], object]) -> None:
+async def eventually(is_so: Callable[[], object], timeout_s: float = 10.0) -> None:
     """Waits until the other side of a socket has caught up; raises TimeoutError where it does not."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(timeout_s):
         while not is_so():  # noqa: ASYNC110  # the state belongs to the code under test, which has no event for it
             await asyncio.sleep(0.01)
 
@@ -118,14 +122,22 @@ async def refused(router: Router, request: inference_pb2.GenerateRequest, timeou
 
 
 @asynccontextmanager
-async def serve_router(workers: dict[str, FakeWorker], config: RouterConfig = CONFIG, *, is_waiting: bool = True) -> AsyncIterator[Router]:
+async def serve_router(
+    workers: dict[str, FakeWorker],
+    config: RouterConfig = CONFIG,
+    *,
+    is_waiting: bool = True,
+    tenants: Sequence[Tenant] = (),
+    core: RouterCore | None = None,
+) -> AsyncIterator[Router]:
     """A router on a free port; `is_waiting`: until it has seen all workers."""
     addresses = [worker.server.address for worker in workers.values() if worker.server is not None]
     registry = CollectorRegistry()
-    shell = RouterShell(config, RouterCore(config, Random(1)), RouterMetrics(registry))
+    shell = RouterShell(config, RouterCore(config, Random(1)) if core is None else core, RouterMetrics(registry))
     pool = Workers(addresses, shell, Random(2))
     frontend = Frontend(shell, pool, Tokenizers())
-    server = await rpc.start_server("127.0.0.1", 0, services(shell, pool, frontend, None))
+    access = Access(tenants, shell.metrics)
+    server = await rpc.start_server("127.0.0.1", 0, services(shell, pool, frontend, None, access))
     channel = rpc.open_channel(server.address)
     tasks = [asyncio.create_task(shell.tick_forever()), asyncio.create_task(pool.watch_forever())]
     try:

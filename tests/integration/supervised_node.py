@@ -37,7 +37,7 @@ def build(config):
     signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))  # its event loop hangs
     return SlowEngine(), Namespace("n")
 
-tandem.replica._build_engine = build
+tandem.replica.build_engine = build
 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
     listener.bind(sys.argv[1])
     listener.listen()

@@ -12,8 +12,9 @@ import pytest
 
 from tandem import adoption
 from tandem.channel_pool import ChannelPool
+from tandem.convert import request_to_worker_pb
 from tandem.custody import claim_file
-from tandem.domain import PlannedWorker, ReplicaId, Sampling
+from tandem.domain import Plan, PlannedWorker, ReplicaId, Sampling
 from tandem.errors import UnavailableError
 from tandem.rpc import open_stream
 from tandem.supervisor import SupervisedState, SupervisorReport
@@ -21,7 +22,8 @@ from tandem.tether import hold, is_held
 from tandem.zygote_client import zygote_environment
 from tests.integration.supervised_node import WAIT_S, ZYGOTE, Node, eventually, lives, until
 from tests.layers import ROOT
-from tests.worker_cluster import FakeCluster, read
+from tests.samples import make_request
+from tests.worker_cluster import PROMPT_TOKENS, read
 
 pytestmark = pytest.mark.integration
 
@@ -55,9 +57,10 @@ async def ask() -> AsyncIterator[Asked]:
     channels = ChannelPool()
 
     async def run(report: SupervisorReport, max_tokens: int) -> list[int]:
-        cluster = FakeCluster(channels)
-        message = cluster.message(sampling=Sampling(max_tokens=max_tokens), one_worker_reason="test", incarnation=report.incarnation)
         planned = PlannedWorker(replica_id=ReplicaId(report.replica_id), incarnation=report.incarnation, address=report.address)
+        plan = Plan(plan_id="p", decode=planned, one_worker_reason="test")
+        request = make_request("r", PROMPT_TOKENS, Sampling(max_tokens=max_tokens))
+        message = request_to_worker_pb(request, plan, 1, report.incarnation)
         tokens: list[int] = []
         async with open_stream(channels(planned.address), "tandem.v1.Worker/Generate", message, timeout_s=WAIT_S) as stream:
             while (chunk := await read(stream)) is not None:

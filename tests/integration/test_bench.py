@@ -19,12 +19,15 @@ from tandem.bench.load import LoadRun, Progress
 from tandem.bench.options import BenchOptions
 from tandem.bench.tandem_target import TandemTarget
 from tandem.bench.target import Call
-from tandem.errors import ConfigError, ProtocolError, TandemError, UnavailableError
+from tandem.errors import AuthenticationError, ConfigError, ProtocolError, TandemError, UnavailableError
 from tandem.report import Outcome, RequestRecord
+from tandem.tenancy import Tenant, hash_key
 from tandem.workload import PlannedRequest
 from tests.integration.conftest import Cluster
 from tests.integration.fake_inference import FakeInference, serve
 from tests.integration.fake_openai import FakeOpenAI, serve_openai
+from tests.integration.fake_worker import Faults
+from tests.integration.http_router import serve_http
 
 pytestmark = pytest.mark.integration
 
@@ -153,10 +156,37 @@ async def test_a_warm_up_that_fails_ends_the_test(fake: FakeOpenAI) -> None:
     assert len(fake.requests) == 1
 
 
-async def test_the_key_of_the_environment_is_sent(fake: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "abc")
-    await burst(fake, requests=1)
-    assert fake.headers[0]["Authorization"] == "Bearer abc"
+@pytest.mark.parametrize(
+    ("environ", "api_key", "sent"),
+    [
+        ({}, None, None),
+        ({"OPENAI_API_KEY": "abc"}, None, "Bearer abc"),
+        ({"OPENAI_API_KEY": "abc", "TANDEM_API_KEY": "sk-a"}, None, "Bearer sk-a"),
+        ({"OPENAI_API_KEY": "abc", "TANDEM_API_KEY": "sk-a"}, "sk-b", "Bearer sk-b"),
+    ],
+)
+async def test_the_key_is_sent_and_is_in_no_report(
+    fake: FakeOpenAI, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], api_key: str | None, sent: str | None
+) -> None:
+    for name in ("OPENAI_API_KEY", "TANDEM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    options = BenchOptions(url=fake.url, rate_rps=math.inf, requests=1, prompt="8", output="2")
+    result = await run_bench(options, api_key)
+    assert fake.headers[0].get("Authorization") == sent
+    assert not any(key in json.dumps(result.as_json()) for key in ("sk-a", "sk-b", "api_key"))
+
+
+async def test_a_router_with_tenants_is_loaded_over_http_with_the_tenants_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TANDEM_API_KEY", raising=False)
+    tenant = Tenant(name="alice", key_sha256=(hash_key("sk-alice"),))
+    async with serve_http(tenants=(tenant,), decode_0=Faults()) as router:
+        options = BenchOptions(url=f"http://{router.server.address}", rate_rps=math.inf, requests=2, prompt="8", output="2")
+        with pytest.raises(AuthenticationError, match="give TANDEM_API_KEY or --api-key"):
+            await run_bench(options, "sk-bob")
+        monkeypatch.setenv("TANDEM_API_KEY", "sk-alice")
+        assert (await run_bench(options)).report.counts.completed == 2
 
 
 @pytest.mark.parametrize(
@@ -195,11 +225,15 @@ async def test_a_trace_is_replayed(fake: FakeOpenAI, tmp_path: Path) -> None:
 async def test_stopping_cancels_what_is_in_flight_and_reports_the_rest(fake: FakeOpenAI) -> None:
     fake.models = None
 
-    def stop_soon(run: LoadRun) -> None:
-        asyncio.get_running_loop().call_later(0.2, run.stop)
+    stops = list[asyncio.Task[None]]()
+
+    async def stop_in_flight(run: LoadRun) -> None:
+        await fake.has_request.wait()
+        run.stop()
 
     options = BenchOptions(url=fake.url, model="endless", rate_rps=10.0, requests=1000)
-    result = await run_bench(options, on_start=stop_soon)
+    result = await run_bench(options, on_start=lambda run: stops.append(asyncio.create_task(stop_in_flight(run))))
+    await stops[0]
     assert result.is_interrupted
     assert result.report.counts.cancelled == result.report.counts.sent < 1000
     check_shape(result.as_json())

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,8 +121,8 @@ class Stage:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stage() -> AsyncIterator[Stage]:
-    platform = BarePlatform(BareOptions(prefill=0, decode=2, routers=0, max_restarts=100))
+async def stage(zygote_socket: Path | None) -> AsyncIterator[Stage]:
+    platform = BarePlatform(BareOptions(prefill=0, decode=2, routers=0, max_restarts=100, zygote_socket=zygote_socket))
     try:
         await platform.start()
         for name in ("prefill-0", "prefill-1"):

@@ -103,6 +103,7 @@ async def test_the_death_of_the_zygote_takes_no_replica_along(platform: BarePlat
         completion = await client.generate(Prompts().next(300), max_tokens=8, temperature=0.0)
     assert len(completion.token_ids) == 8
     assert all(psutil.pid_exists(replica.pid) for replica in platform.replicas.values())
+    await platform.start_zygote()
 
 
 async def test_an_engine_without_kv_transfer_dies_with_its_replica_too(platform: BarePlatform) -> None:

@@ -141,11 +141,11 @@ async def test_a_byte_flipped_in_every_tenth_block_is_recomputed_and_counted(clu
 
 async def published_blocks(blocks: ArenaBlocks, token_ids: list[int]) -> list[BlockKey]:
     """The prompt's blocks, in order, once they are all there."""
-    namespace = blocks.namespace()
-    wanted = [BlockKey(namespace, block_hash) for block_hash in block_hashes(token_ids, 32)]
+    wanted = block_hashes(token_ids, 32)
     for _ in range(100):
-        if set(wanted) <= set(blocks.held()):
-            return wanted
+        found = {key.block_hash: key for key in blocks.held()}  # other tests' replicas may have left blocks of another namespace
+        if set(wanted) <= set(found):
+            return [found[block_hash] for block_hash in wanted]
         await asyncio.sleep(0.02)
     raise AssertionError("the prompt's blocks were not published")
 
@@ -183,7 +183,7 @@ async def test_a_missing_block_is_recomputed(cluster: Cluster) -> None:
 
 
 async def test_first_token_does_not_wait_for_a_transfer_that_is_held_back(cluster: Cluster) -> None:
-    held = await cluster.platform.add_replica(Role.PREFILL, "held", faults="kv_publish.delay_s=0.5")
+    held = await cluster.platform.add_replica(Role.PREFILL, "held", faults="kv_publish.delay_s=0.55")  # from before the token is read
     caller = DirectCaller(cluster.platform.replicas["decode-0"], [held])
     await caller.run(cluster.prompts.next(320), 2)
     runs = [await caller.run(cluster.prompts.next(320), 3) for _ in range(3)]

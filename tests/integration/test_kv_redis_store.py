@@ -7,6 +7,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from threading import Event
 from time import monotonic, sleep
 
 import numpy as np
@@ -76,6 +77,8 @@ class TestOutages:
     def test_a_server_that_dies_between_two_calls_of_many_threads_ends_none_of_them(
         self, kv_server: KvRedisServer, store: KvRedisStore
     ) -> None:
+        at_work = Event()
+
         def work(seed: int) -> int:
             rng, hits = Random(seed), 0
             for _ in range(300):
@@ -85,11 +88,13 @@ class TestOutages:
                 assert outcome is not BlockOutcome.CORRUPT
                 assert outcome is BlockOutcome.MISSING or payload == payload_of(number, 5_000)
                 hits += outcome is BlockOutcome.HIT
+                if hits == 10:
+                    at_work.set()
             return hits
 
         with ThreadPoolExecutor(12) as pool:  # more than there are connections
             results = pool.map(work, range(12))
-            sleep(0.2)
+            assert at_work.wait(60.0)
             kv_server.kill()
             sleep(0.1)
             kv_server.start_again()

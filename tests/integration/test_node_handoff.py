@@ -101,7 +101,7 @@ async def start_replica(
         publish_wait_s=3.0,
         prefetch_wait_s=WAIT_S if is_prefetching else 0.0,
     )
-    replica = await ZygoteClient(platform.runtime_dir / "zygote.sock", wait_s=1.0).start_replica(config)
+    replica = await ZygoteClient(platform.zygote_socket, wait_s=1.0).start_replica(config)
     await replica.wait_ready()
     return replica
 
@@ -116,9 +116,9 @@ async def read_metrics_address(replica: ReplicaProcess) -> str:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TwoNodes]:
+async def nodes(tmp_path_factory: pytest.TempPathFactory, zygote_socket: Path | None) -> AsyncIterator[TwoNodes]:
     folder: Path = tmp_path_factory.mktemp("nodes")
-    platform = BarePlatform(BareOptions(prefill=0, decode=0, routers=0))
+    platform = BarePlatform(BareOptions(prefill=0, decode=0, routers=0, zygote_socket=zygote_socket))
     replicas: list[ReplicaProcess] = []
     callers: list[DirectCaller] = []
 

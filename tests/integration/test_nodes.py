@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tandem.domain import Role
+from tandem.node_folder import ENDED
 from tandem.redis_server import find_redis_server
 from tests.integration.platform_run import SMALL, Run, ready, wait_for
 from tests.layers import ROOT
@@ -41,6 +44,15 @@ class RayNodes:
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
         self._line(answer)
+
+    def actors(self) -> list[str]:
+        """What actors run in it."""
+        processes = psutil.Process(self._process.pid).children(recursive=True)
+        names = list[str]()
+        for process in processes:
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                names += process.cmdline()[:1]
+        return [name for name in names if name.startswith(("ray::PrefillActor", "ray::DecodeActor", "ray::NodeAgent"))]
 
     def _line(self, start: str) -> str:
         assert self._process.stdout is not None
@@ -98,6 +110,7 @@ def test_two_nodes_share_blocks_and_one_may_be_lost(user: Path, redis_url: str, 
             completion = client.generate(prompt, max_tokens=16, temperature=0)
             assert completion.receipt is not None
             assert completion.receipt.handed_off
+            assert len(nodes.actors()) == 4  # two replicas', two agents
             assert completion.receipt.kv_bytes_shipped >= 15 * 65536
             again = client.generate(prompt, max_tokens=16, temperature=0)
             assert again.token_ids == completion.token_ids
@@ -107,8 +120,15 @@ def test_two_nodes_share_blocks_and_one_may_be_lost(user: Path, redis_url: str, 
             wait_for(lambda: len({replica.lease.node for replica in client.status().replicas}) == 1, 90.0)
             wait_for(lambda: len(ready(client.status())) == 2, 90.0)
             assert client.generate(prompt, max_tokens=16, temperature=0).token_ids == completion.token_ids
+        (autoscaler,) = run.processes("autoscaler")
+        os.kill(autoscaler.pid, signal.SIGSTOP)
+        (folder / ENDED).touch()  # as clean-up does: what Ray does not tell an agent it sees by that
+        os.kill(run.processes("store")[0].pid, signal.SIGKILL)
+        wait_for(lambda: not any("NodeAgent" in name for name in nodes.actors()))
+        os.kill(autoscaler.pid, signal.SIGCONT)
         assert run.stop(timeout_s=100.0) == 0
         assert not run.processes()
+        wait_for(lambda: not nodes.actors())  # it is not ours and goes on
         assert not folder.exists()
         assert not list(Path("/dev/shm").glob(f"tandem-{run.cluster}/**/*"))
     finally:

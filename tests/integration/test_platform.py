@@ -63,7 +63,7 @@ class Load:
 
     def _ask(self) -> None:
         with self._run.client() as client:
-            while not self._stop.wait(0.1):
+            while not self._stop.wait(0.2):
                 try:
                     completion = client.generate(PROMPT, model="busy", max_tokens=16, temperature=0)
                 except tandem.TandemError as error:

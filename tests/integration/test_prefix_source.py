@@ -45,7 +45,7 @@ class FakeStore:
     async def refuse(self, request: object, its_call: ServerCall) -> None:
         raise AssertionError
 
-    stat = lookup = copy = evict = refuse
+    stat = lookup = copy = evict = watch = refuse
 
 
 @pytest.fixture

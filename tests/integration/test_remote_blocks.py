@@ -61,7 +61,7 @@ class FakeStore:
     async def refuse(self, request: object, its_call: ServerCall) -> None:
         raise AssertionError
 
-    stat = lookup = prefetch = evict = refuse
+    stat = lookup = prefetch = evict = watch = refuse
 
 
 class Replica:

@@ -162,3 +162,19 @@ async def test_the_deadline_holds_over_all_streams(kind: str) -> None:
         with pytest.raises(TandemError) as caught:
             await reading
     assert isinstance(caught.value, UnavailableError) or caught.value.reason == "deadline"
+
+
+async def test_a_client_begins_at_its_first_router_whatever_others_of_the_process_have_open() -> None:
+    first, second = FakeInference(), FakeInference()
+    async with AsyncExitStack() as stack:
+        two = await stack.enter_async_context(serve(second))
+        async with serve(first) as gone:
+            pass
+        endpoint = f"{gone.address},{two.address}"
+        other = await stack.enter_async_context(AsyncClient(endpoint))
+        await other.generate("hello", max_tokens=1)
+        assert len(second.requests) == 1
+        await stack.enter_async_context(serve(first, int(gone.address.rpartition(":")[2])))
+        await read("async", endpoint)
+        await read("sync", endpoint)
+    assert [len(fake.requests) for fake in (first, second)] == [2, 1]

@@ -69,6 +69,14 @@ async def test_several_choices_come_through_side_by_side() -> None:
         assert (output.receipt.request_id, output.receipt.output_tokens) == (workers["decode_0"].requests[0].request_id[:-2], 16)
 
 
+async def test_the_last_message_of_several_choices_counts_the_output_of_all() -> None:
+    async with serve_workers(prefill_0=Faults(), decode_0=Faults()) as workers, serve_router(workers) as router:
+        for seed in range(10):
+            output = await router.generate(message(sampling=common_pb2.Sampling(max_tokens=8, n=4, seed=seed)))
+            assert output.usage is not None
+            assert output.usage.output_tokens == 32
+
+
 async def test_a_missing_receipt_is_filled_by_what_the_router_knows() -> None:
     async with serve_workers(decode_0=Faults(has_no_receipt=True)) as workers, serve_router(workers) as router:
         receipt = (await router.generate(message())).receipt
@@ -121,7 +129,6 @@ async def test_models_and_status_are_told() -> None:
     [
         ("Router/Route", router_pb2.RouteRequest),
         ("Router/ReportOutcome", router_pb2.ReportOutcomeRequest),
-        ("Router/Explain", router_pb2.ExplainRequest),
     ],
 )
 async def test_what_is_not_built_says_so(method: str, request_type: type[router_pb2.RouteRequest]) -> None:
@@ -148,7 +155,7 @@ async def test_many_requests_at_once_over_failing_workers_leave_nothing_behind()
         assert sum(isinstance(result, Output) for result in results) >= 50
         await router.becomes_idle()
         await eventually(lambda: router.shell.core._ledger.settling() == 0)
-        assert {status.predicted_work_s for status in router.shell.core.replicas()} == {0.0}
+        assert {status.predicted_work_s for status in router.shell.core.replicas(router.shell.clock())} == {0.0}
         assert router.metric("tandem_router_output_tokens_total", model="m") >= 400
         assert router.metric("tandem_router_ttft_seconds_count", model="m") >= 50
 
@@ -172,7 +179,7 @@ async def test_a_stall_of_the_routers_own_loop_is_not_a_workers_silence() -> Non
         time.sleep(0.8)  # noqa: ASYNC251
         await asyncio.sleep(0.2)
         assert router.shell.core.fleet.leases
-        assert len(router.shell.core.replicas()) == 1
+        assert len(router.shell.core.replicas(router.shell.clock())) == 1
 
 
 async def test_a_worker_that_breaks_the_watch_protocol_is_not_used(caplog: pytest.LogCaptureFixture) -> None:

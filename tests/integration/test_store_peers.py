@@ -51,7 +51,7 @@ class StatOnly:
     async def refuse(self, request: object, its_call: ServerCall) -> None:
         raise AssertionError
 
-    lookup = copy = prefetch = evict = refuse
+    lookup = copy = prefetch = evict = watch = refuse
 
 
 @dataclass

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tandem.cleanup import processes_of
+from tandem.tenancy import hash_key
 from tests.integration.platform_run import SMALL, TANDEM, Run, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -32,14 +33,13 @@ def user() -> Iterator[Path]:
 
 
 @pytest.fixture
-def up(user: Path) -> Iterator[Callable[..., Run]]:
-    """Starts `tandem up`, waits until it is ready, ends it after the test."""
+def up(user: Path) -> Iterator[Callable[..., list[Run]]]:
+    """Starts a `tandem up` for each list of arguments, waits until all are ready, ends them after the test."""
     started: list[Run] = []
 
-    def start(*arguments: str) -> Run:
-        run = Run(user, *ANY_PORTS, *SMALL, *arguments)
-        started.append(run)
-        return run.wait_ready()
+    def start(*runs: tuple[str, ...]) -> list[Run]:
+        started.extend(Run(user, *ANY_PORTS, *SMALL, *arguments) for arguments in runs)
+        return [run.wait_ready() for run in started]
 
     yield start
     for run in started:
@@ -53,60 +53,36 @@ def is_clean(cluster: str, user: Path) -> bool:
     return not processes_of(cluster) and not any(path.exists() for path in files)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_up_serves_and_leaves_nothing(up: Callable[..., Run], user: Path, number: int) -> None:
-    run = up()
+def test_up_serves_and_leaves_nothing(up: Callable[..., list[Run]], user: Path) -> None:
+    (run,) = up(())
     assert set(run.counts()) >= {"redis", "router", "autoscaler", "node_agent", "zygote", "store", "actor", "replica", "engine_core"}
     answer = run.cli("generate", "The for statement", "--max-tokens=8")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip()
-    assert run.stop(number) == 0
+    assert run.stop(signal.SIGINT) == 0
     assert is_clean(run.cluster, user)
 
 
-def test_up_killed_outright_is_cleaned_up_after(up: Callable[..., Run], user: Path) -> None:
-    run = up()
-    run.process.kill()
-    run.process.wait()
-    wait_for(lambda: is_clean(run.cluster, user), 30.0)
-
-
-def test_down_clears_away_what_up_and_its_guard_left(up: Callable[..., Run], user: Path) -> None:
-    run = up()
-    for process in run.processes("guard"):
-        psutil.Process(process.pid).kill()
-    run.process.kill()
-    run.process.wait()
-    answer = run.cli("down")
-    assert answer.returncode == 0, answer.stderr
-    assert is_clean(run.cluster, user)
-
-
-def test_two_clusters_do_not_meet_and_one_id_is_taken_once(up: Callable[..., Run], user: Path) -> None:
-    first, second = up("--cluster=one", "--prefill=0"), up("--cluster=two", "--prefill=0")
+def test_two_clusters_do_not_meet_and_each_is_cleaned_up_after_however_it_ends(up: Callable[..., list[Run]], user: Path) -> None:
+    first, second = up(("--cluster=one",), ("--cluster=two",))
     for run in (first, second):
         with run.client() as client:
             assert len(client.generate([5, 6, 7], max_tokens=2, temperature=0).token_ids) == 2
-            assert len(client.status().replicas) == 1
-    line = fails(user, "--cluster=one", *ANY_PORTS)
-    assert "tandem down --cluster one" in line
+            assert len(client.status().replicas) == 2
+    assert "tandem down --cluster one" in fails(user, "--cluster=one", *ANY_PORTS)
     assert first.process.poll() is None
+    for process in second.processes("guard"):  # nobody of the second is left to clean up
+        psutil.Process(process.pid).kill()
+    second.process.kill()
+    second.process.wait()
+    assert "two" in first.cli("down").stderr  # which of the two?
     assert first.cli("down", "--cluster", "two").returncode == 0
     assert is_clean("two", user)
     with first.client() as client:
         assert client.generate([5, 6, 7], max_tokens=2, temperature=0).token_ids
-
-
-def test_every_listener_is_on_loopback(up: Callable[..., Run]) -> None:
-    run = up("--routers=2", "--autoscalers=2")
-    addresses = {
-        connection.laddr.ip
-        for process in run.processes()
-        for connection in psutil.Process(process.pid).net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert addresses
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    first.process.kill()
+    first.process.wait()
+    wait_for(lambda: is_clean("one", user), 30.0)  # by its guard
 
 
 def fails(user: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
@@ -214,3 +190,37 @@ def test_down_says_what_there_is(user: Path) -> None:
     assert run.returncode == 2
     assert re.match(r"tandem: error: no cluster", run.stderr)
     assert json.dumps(run.stdout) == '""'
+
+
+def test_tenants_need_their_keys_no_command_line_shows_one_and_all_listen_on_loopback(up: Callable[..., list[Run]], user: Path) -> None:
+    path = user / "tenants.toml"
+    path.write_text(
+        '[[models]]\nprefill = 0\ndecode = 1\n[tenants.alice]\nkeys = ["sk-alice"]\noutput_tokens_per_minute = 60\n'
+        '[tenants.ops]\nkeys = ["sk-ops"]\nis_operator = true\n'
+    )
+    (run,) = up((f"--config={path}", "--routers=2", "--autoscalers=2"))
+    addresses = {
+        connection.laddr.ip
+        for process in run.processes()
+        for connection in psutil.Process(process.pid).net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    lines = " ".join(word for process in run.processes() for word in psutil.Process(process.pid).cmdline())
+    assert "sk-" not in lines
+    assert hash_key("sk-alice") not in lines
+    assert run.cli("status").returncode == 0
+    refused = run.cli("generate", "hello")
+    assert (refused.returncode, "an API key is needed" in refused.stderr) == (2, True)
+    run.environment["TANDEM_API_KEY"] = "sk-alice"
+    assert run.cli("generate", "hello", "--max-tokens", "200").returncode == 0
+    refused = run.cli("generate", "hello")
+    assert (refused.returncode, "tenant 'alice' is over its quota" in refused.stderr) == (2, True)
+    refused = run.cli("scale", "decode=1")
+    assert (refused.returncode, "is no operator" in refused.stderr) == (2, True)
+    run.environment["TANDEM_API_KEY"] = "sk-ops"
+    assert run.cli("scale", "decode=1", "--for-s", "60").returncode == 0
+    assert "sk-" not in run.words
+    assert run.stop(signal.SIGTERM) == 0
+    assert is_clean(run.cluster, user)

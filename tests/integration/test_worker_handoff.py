@@ -9,6 +9,7 @@ import pytest
 from tandem.domain import FinishReason, PlannedWorker, ReplicaId, Sampling, StructuredKind, StructuredOutput, Usage
 from tandem.errors import CancelledRequestError, EngineError, InternalError, InvalidRequestError, OverloadedError, TandemError
 from tandem.rpc import ServerCall, service, start_server
+from tandem.urgency import begun_priority
 from tandem.v1 import worker_pb2
 from tests.fake_engine import EOS, logprobs_of
 from tests.worker_cluster import INCARNATION, PROMPT_TOKENS, FakeCluster, first_chunk, has_run, read, running_cluster
@@ -51,8 +52,9 @@ class TestHandOff:
         message = cluster.message(cluster.prefill.planned)
         message.priority, message.cache_salt = -3, "tenant"
         await cluster.run(message)
-        for worker in (cluster.prefill, cluster.decode):
-            assert [(request.priority, request.cache_salt) for request in worker.engine.requests] == [(-3, "tenant")]
+        (prefill,), (decode,) = cluster.prefill.engine.requests, cluster.decode.engine.requests
+        assert (prefill.cache_salt, decode.cache_salt) == ("tenant", "tenant")
+        assert begun_priority(-3) == decode.priority < prefill.priority < begun_priority(-2)
 
     async def test_eos_as_the_first_token_ends_it_without_a_decode_run(self, cluster: FakeCluster) -> None:
         cluster.prefill.engine.eos_after = PROMPT_TOKENS

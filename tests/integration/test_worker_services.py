@@ -3,16 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from decode_workers.service import DecodeService
 from tandem.channel_pool import ChannelPool
-from tandem.convert import lease_from_pb
+from tandem.convert import block_change_from_pb, lease_from_pb, step_from_pb
 from tandem.domain import FinishReason, ReplicaState, Sampling, Usage
 from tandem.engine.base import KvLoaded
 from tandem.errors import DeadlineError, EngineError, InvalidRequestError, Reason, TandemError, UnavailableError
+from tandem.held_blocks import BlockChange
 from tandem.rpc import ResponseStream, ServerCall, call, open_stream, parse_answer
+from tandem.step_sample import StepSample
 from tandem.v1 import worker_pb2
 from tests.worker_cluster import (
     INCARNATION,
@@ -29,6 +32,8 @@ from tests.worker_cluster import (
 )
 
 pytestmark = pytest.mark.integration
+
+STEP = StepSample(prefill_tokens=0, prefill_pairs=0, decode_requests=1, kv_tokens=10, duration_s=0.002)
 
 
 @pytest.fixture
@@ -236,6 +241,29 @@ class TestWatch:
             await cluster.run(cluster.message(cluster.prefill.planned, cluster.second.planned))
             for watching in (prefill, decode):
                 assert await watching.stamps(2) == [("r", 1, accepted), ("r", 1, finished)]
+
+    async def test_every_router_is_told_of_all_measured_steps(self, cluster: FakeCluster) -> None:
+        async with self.watching(cluster.decode) as one, self.watching(cluster.decode, "router-2") as other:
+            for watching in (one, other):
+                await watching.read()  # from here on the worker knows of the stream
+            for kv_tokens in (5, 6):
+                cluster.decode.engine.measured = (replace(STEP, kv_tokens=kv_tokens),)
+                for watching in (one, other):
+                    while not (message := await watching.read()).steps:
+                        pass
+                    assert [step_from_pb(step).kv_tokens for step in message.steps] == [kv_tokens]
+
+    async def test_every_router_is_told_what_the_engine_has_cached(self, cluster: FakeCluster) -> None:
+        first, second = bytes(range(8)), bytes(range(8, 16))
+        cluster.decode.engine.blocks.apply(BlockChange(stored=first))
+        async with self.watching(cluster.decode) as one, self.watching(cluster.decode, "router-2") as other:
+            for watching in (one, other):
+                assert block_change_from_pb((await watching.read()).block_events) == BlockChange(is_cleared=True, stored=first)
+            cluster.decode.engine.blocks.apply(BlockChange(stored=second, removed=first))
+            for watching in (one, other):
+                while not (message := await watching.read()).block_events:
+                    pass
+                assert block_change_from_pb(message.block_events) == BlockChange(stored=second, removed=first)
 
     async def test_a_router_is_told_of_its_own_requests_only(self, cluster: FakeCluster) -> None:
         async with self.watching(cluster.decode, "router-2") as watching:

@@ -6,7 +6,8 @@ In a process of its own, so that no test imports Ray.
 import os
 import sys
 
-from tandem.ray_head import OBJECT_STORE_BYTES, set_ray_environment
+from tandem.ray_environment import set_ray_environment
+from tandem.ray_head import OBJECT_STORE_BYTES
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from tandem.cluster_config import load_cluster_config, read_section
 from tandem.domain import WorkerLoad
 from tandem.engine.base import KvTotals
 from tandem.errors import ConfigError
-from tandem.telemetry import RemoteKvMetrics, RouterMetrics, ScalerMetrics, StoreCollector, WorkerCollector
+from tandem.telemetry import PredictionCollector, RemoteKvMetrics, RouterMetrics, ScalerMetrics, StoreCollector, WorkerCollector
 from tests.dashboard import Query, dashboard, panels, queries
 from tests.layers import ROOT
 
@@ -51,7 +51,8 @@ def exposed() -> set[str]:
     ScalerMetrics(registry)
     RemoteKvMetrics(registry)
     ProcessCollector(registry=registry)
-    registry.register(WorkerCollector(WorkerLoad, KvTotals, int))
+    registry.register(PredictionCollector(tuple))
+    registry.register(WorkerCollector(WorkerLoad, KvTotals, int, int))
     sizes = asdict(StoreStats(used_bytes=0, capacity_bytes=0, blocks=0)) | asdict(Census(granted_slots=0, leased_blocks=0, leaked_slots=0))
     tier = dict.fromkeys(("used_bytes", "capacity_bytes", "blocks", "up", "promoted_blocks", "demoted_blocks", "corrupt_blocks"), 0)
     registry.register(StoreCollector(lambda: sizes, lambda: asdict(StoreTotals()), lambda: {"disk": tier}))
@@ -63,7 +64,8 @@ def exposed() -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((DEPLOY / "config").iterdir()), ids=lambda path: path.name)
 def test_an_example_configuration_is_one(path: Path) -> None:
-    config = load_cluster_config(path, {}, environ={})
+    keys = {"TANDEM_KEY_SEARCH": "sk-1", "TANDEM_KEY_BATCH": "sk-2", "TANDEM_KEY_OPS": "sk-3"}  # which one of them names
+    config = load_cluster_config(path, {}, environ=keys)
     read_section(RouterConfig, config.router, "router.").validate()
     read_section(ScalerConfig, config.scaler, "scaler.").validate()
 

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ BLOCKS = 60
 COLUMNS = (*SLOT_COLUMNS, *SLAB_COLUMNS, "cells")
 
 
+@cache
 def payload_of(number: int) -> bytes:
     return np.random.default_rng(number).bytes(SIZES[number % len(SIZES)])
 

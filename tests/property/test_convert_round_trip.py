@@ -31,7 +31,10 @@ from tandem.domain import (
     Usage,
     WorkerLoad,
 )
-from tandem.errors import InvalidRequestError
+from tandem.errors import InvalidRequestError, ProtocolError
+from tandem.held_blocks import BlockChange
+from tandem.step_sample import StepSample
+from tandem.v1 import worker_pb2
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -117,7 +120,8 @@ request = drawn(
     sampling=sampling,
     resume_token_ids=ids,
     priority=st.integers(-(2**31), 2**31 - 1),
-    sheddable=st.just(False),
+    sheddable=st.just(False),  # this and what follows is the router's, and no worker is told
+    tenant=st.just("default"),
     slo=st.just(Slo()),
     session_id=st.just(""),
     expected_output_tokens=st.none(),
@@ -153,6 +157,11 @@ def test_lease_comes_back(value: Lease) -> None:
 @given(load)
 def test_load_comes_back(value: WorkerLoad) -> None:
     assert_round_trip(value, convert.load_to_pb, convert.load_from_pb)
+
+
+@given(drawn(StepSample, prefill_pairs=u64))
+def test_a_step_comes_back(value: StepSample) -> None:
+    assert_round_trip(value, convert.step_to_pb, convert.step_from_pb)
 
 
 @given(plan)
@@ -202,3 +211,16 @@ def test_a_sampling_setting_out_of_range_is_refused_by_name(name: str, count: in
     with pytest.raises(InvalidRequestError) as caught:
         convert.sampling_to_pb(replace(Sampling(), **{name: count}))  # type: ignore[arg-type]
     assert caught.value.field == f"sampling.{name}"
+
+
+@given(removed=st.binary(max_size=40), stored=st.binary(max_size=40), is_cleared=st.booleans())
+def test_a_block_change_comes_back(removed: bytes, stored: bytes, is_cleared: bool) -> None:
+    value = BlockChange(is_cleared=is_cleared, removed=removed[: len(removed) // 8 * 8], stored=stored[: len(stored) // 8 * 8])
+    events = convert.block_change_to_pb(value)
+    assert convert.block_change_from_pb(events) == value
+    assert convert.block_change_from_pb(events[::-1]) == value
+    if events:
+        with pytest.raises(ProtocolError):
+            convert.block_change_from_pb([*events, events[0]])
+    with pytest.raises(ProtocolError):
+        convert.block_change_from_pb([worker_pb2.BlockEvent()])

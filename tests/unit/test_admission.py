@@ -1,4 +1,4 @@
-"""Admission keeps its bounds and its order."""
+"""Admission keeps its bounds, its deadlines and its sums."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from router.admission import Admission
 from tandem.domain import ModelId, RequestId
 from tandem.errors import DeadlineError, OverloadedError
 
-A, B, C, D = (RequestId(name) for name in "abcd")
+A, B, C = (RequestId(name) for name in "abc")
 M, N = ModelId("m"), ModelId("n")
 
 
@@ -18,29 +18,22 @@ def _enqueue(
     admission: Admission,
     *request_ids: RequestId,
     model: ModelId = M,
-    priority: int = 0,
     deadline_s: float | None = None,
     now_s: float = 0.0,
     work_s: float = 0.25,
 ) -> None:
     for request_id in request_ids:
-        admission.enqueue(request_id, model=model, priority=priority, deadline_s=deadline_s, now_s=now_s, work_s=work_s, retry_after_s=1.5)
+        admission.check_room(model, deadline_s=deadline_s, now_s=now_s, retry_after_s=lambda: 1.5)
+        admission.enqueue(request_id, model=model, deadline_s=deadline_s, now_s=now_s, work_s=work_s)
         admission.check_invariants()
 
 
-def test_equal_priorities_wait_in_order_of_arrival() -> None:
+def test_those_who_wait_and_those_who_run_are_counted() -> None:
     admission = _admission()
     _enqueue(admission, C, A, B)
-    assert admission.waiting([M]) == (C, A, B)
     assert (admission.queued_requests, admission.running_requests) == (3, 0)
-
-
-def test_a_lower_number_goes_first() -> None:
-    admission = _admission()
-    _enqueue(admission, A)
-    _enqueue(admission, B, priority=-1)
-    _enqueue(admission, C, priority=1)
-    assert admission.waiting([M]) == (B, A, C)
+    admission.start(A)
+    assert (admission.queued_requests, admission.running_requests) == (2, 1)
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
@@ -49,19 +42,21 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     with pytest.raises(OverloadedError, match="max_queued_requests=1") as caught:
         _enqueue(admission, B)
     assert caught.value.retry_after_s == 1.5
-    assert admission.waiting([M]) == (A,)
+    assert admission.queued_requests == 1
 
 
-def test_a_further_part_of_a_request_that_has_begun_is_not_refused() -> None:
+def test_what_was_not_asked_for_room_is_not_refused() -> None:
     admission = _admission(max_queued=1)
     _enqueue(admission, A)
-    admission.enqueue(B, model=M, priority=0, deadline_s=None, now_s=0.0, work_s=0.25, retry_after_s=1.5, is_begun=True)
-    assert admission.waiting([M]) == (A, B)
+    admission.enqueue(B, model=M, deadline_s=None, now_s=0.0, work_s=0.25)
+    admission.check_invariants()
+    assert admission.queued_requests == 2
 
 
 def test_a_request_whose_time_is_over_is_refused() -> None:
     with pytest.raises(DeadlineError):
         _enqueue(_admission(), A, deadline_s=0.0)
+    _enqueue(_admission(), A, deadline_s=0.1)
 
 
 def test_slots_are_taken_and_given_back() -> None:
@@ -71,7 +66,7 @@ def test_slots_are_taken_and_given_back() -> None:
     assert admission.has_slot
     admission.start(B)
     assert not admission.has_slot
-    assert admission.waiting([M]) == (C,)
+    assert admission.queued_for(M) == (1, 0.25)
     admission.end(A)
     assert admission.has_slot
     admission.end(C)
@@ -80,14 +75,14 @@ def test_slots_are_taken_and_given_back() -> None:
     assert (admission.queued_requests, admission.running_requests) == (0, 0)
 
 
-def test_a_retried_request_waits_at_its_old_rank_even_where_the_queue_is_full() -> None:
+def test_a_retried_request_waits_again_even_where_the_queue_is_full() -> None:
     admission = _admission(max_queued=1, max_running=1)
     _enqueue(admission, A)
     admission.start(A)
     _enqueue(admission, B)
     admission.wait_again(A, now_s=1.0, work_s=0.5)
     admission.check_invariants()
-    assert admission.waiting([M]) == (A, B)
+    assert admission.waiting_since(M, 1.0) == (B, A)
 
 
 def test_expired_requests_are_named_while_they_wait() -> None:
@@ -118,16 +113,6 @@ def test_a_full_line_for_one_model_refuses_nobody_who_wants_another() -> None:
     assert admission.queued_requests == 2
 
 
-def test_the_lines_of_several_models_are_one_by_rank() -> None:
-    admission = _admission()
-    _enqueue(admission, B)
-    _enqueue(admission, A, model=N)
-    _enqueue(admission, C)
-    assert admission.waiting([M, N]) == (B, A, C)
-    assert admission.waiting([N, ModelId("x")]) == (A,)
-    assert admission.waiting([]) == ()
-
-
 def test_the_work_that_waits_is_summed_for_each_model() -> None:
     admission = _admission()
     _enqueue(admission, A, B)
@@ -145,7 +130,7 @@ def test_the_work_that_waits_is_summed_for_each_model() -> None:
 def test_those_who_wait_for_long_are_named_the_longest_first() -> None:
     admission = _admission()
     _enqueue(admission, B, now_s=1.0)
-    _enqueue(admission, A, now_s=2.0, priority=-1)
+    _enqueue(admission, A, now_s=2.0)
     _enqueue(admission, C, now_s=3.0)
     assert admission.waiting_since(M, 2.0) == (B, A)
     assert admission.waiting_since(N, 2.0) == ()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from rich.table import Table
 
 from tandem import __version__
 from tandem.cli import main
-from tandem.cli_report import generate_report, models_table, receipt_line, status_report, status_table, write_report
-from tandem.cluster_view import ClusterStatus, ModelCard, ReplicaStatus
+from tandem.cli_report import generate_report, models_table, predictions_table, receipt_line, status_report, status_table, write_report
+from tandem.cluster_view import ClusterStatus, ModelCard, ModelPredictions, PredictionScore, ReplicaStatus
 from tandem.completion import Choice, Completion
 from tandem.domain import FinishReason, ModelId, PredictedTerm, Receipt, RequestId, Usage, WorkerLoad
 from tandem.errors import ConfigError
@@ -86,6 +87,10 @@ def test_help_imports_neither_grpc_nor_an_engine() -> None:
         (("generate", "hi", "--endpoint", "x:1", "--timeout-s", "-1"), "timeout_s"),
         (("generate", "a\udcff", "--endpoint", "x:1"), "prompt.text: is not valid UTF-8"),
         (("up", "--prefill", "0", "--decode", "0"), "at least one replica"),
+        (("up", "--engine", "vlm"), "engine 'vlm' is not known; valid are vllm, simulated"),
+        (("up", "--slowdown", "x=2"), "step_profile and slowdowns are for engine = 'simulated'"),
+        (("up", "--engine", "simulated", "--slowdown", "x"), "--slowdown 'x' is not REPLICA=FACTOR"),
+        (("up", "--engine", "simulated", "--step-profile", "none.toml"), "cannot read none.toml"),
     ],
 )
 def test_an_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:
@@ -127,6 +132,34 @@ def test_the_status_table_has_a_row_for_each_replica() -> None:
     text = shown(status_table(STATUS))
     assert "cluster test: 4 running, 3 queued" in text
     assert all(cell in text for cell in ("d-0", "decode", "ready, unreachable", "37.5%", "1.25 s"))
+
+
+def test_predictions_are_shown_beside_what_happened_and_whether_they_are_used() -> None:
+    ttft = PredictionScore(
+        kind="ttft",
+        outcomes_total=900,
+        window_outcomes=200,
+        predicted_p50=0.25,
+        actual_p50=0.5,
+        mean_error_fraction=0.41,
+        q90_coverage_fraction=0.88,
+    )
+    length = PredictionScore(kind="output_tokens", window_outcomes=200, predicted_p50=64.0, actual_p50=60.0)
+    good = ModelPredictions(model=ModelId("m"), is_trusted=True, scores=(ttft, length, replace(ttft, kind="tpot", actual_p50=0.0625)))
+    bad = ModelPredictions(model=ModelId("n"), is_trusted=False, scores=(replace(ttft, kind="queue"),))
+    table = predictions_table(replace(STATUS, predictions=(good, bad)))
+    assert table is not None
+    rows = [line.split("│")[1:-1] for line in shown(table).splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["m", "trusted", "TTFT", "0.250 s", "0.500 s", "41%", "88%", "200"],
+        ["m", "trusted", "TPOT", "0.250 s", "0.062 s", "41%", "88%", "200"],
+        ["n", "not trusted, decides without", "queue wait", "0.250 s", "0.500 s", "41%", "88%", "200"],
+    ]
+
+
+def test_before_anything_was_predicted_there_is_no_table_of_it() -> None:
+    assert predictions_table(STATUS) is None
+    assert predictions_table(replace(STATUS, predictions=(ModelPredictions(model=ModelId("m"), is_trusted=True),))) is None
 
 
 def test_the_models_table_has_a_row_for_each_model() -> None:

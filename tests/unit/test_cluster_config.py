@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tandem.cluster_config import ClusterConfig, ModelConfig, cluster_config_from_json, load_cluster_config, read_section
+from tandem.cluster_config import ClusterConfig, ModelConfig, cluster_config_from_json, load_cluster_config, parse_slowdowns, read_section
 from tandem.config import MIB
 from tandem.domain import Role
 from tandem.errors import ConfigError
@@ -174,6 +174,13 @@ def test_the_bounds_of_a_pool_are_its_size_at_the_start_unless_said_otherwise() 
         (with_model(cpus_per_replica=float("inf")), "cpus_per_replica must be a number and not negative"),
         (with_model(max_num_seqs=0), "max_num_seqs must be at least 1"),
         (with_model(context_tokens=0), "context_tokens must be at least 1, got 0"),
+        (with_model(engine="vlm"), r"models\[0\]\.engine 'vlm' is not known; valid are vllm, simulated"),
+        (with_model(step_profile={"base_s": 1.0}), "are for engine = 'simulated', and it is 'vllm'"),
+        (with_model(engine="simulated", step_profile={"bases": 1.0}), r"models\[0\]\.step_profile\.unknown key 'bases'; .* 'base_s'"),
+        (with_model(engine="simulated", step_profile={"slowdown": 0.0}), r"step_profile\.slowdown must be above 0"),
+        (with_model(engine="simulated", slowdowns={"a": "x"}), r"models\[0\]\.slowdowns\.a must be a number above 0, got 'x'"),
+        (with_model(engine="simulated", slowdowns={"a": True}), "must be a number above 0, got True"),
+        (with_model(engine="simulated", slowdowns={"a": 0}), "must be a number above 0, got 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(config: ClusterConfig, words: str) -> None:
@@ -190,6 +197,7 @@ def test_what_makes_no_sense_is_refused_by_name(config: ClusterConfig, words: st
         with_model(prefill=0, decode=0, max_decode=1),
         with_model(prefill=0, decode=1),
         with_model(name="meta-llama/Llama-3.1:8b", context_tokens=1),
+        with_model(engine="simulated", step_profile={"base_s": 1, "kv_blocks": 100}, slowdowns={"m-decode-0": 2}),
     ],
 )
 def test_what_makes_sense_is_taken(config: ClusterConfig) -> None:
@@ -212,3 +220,25 @@ def test_json_that_is_no_configuration_is_refused(text: str) -> None:
 def test_a_section_names_where_it_was_wrong() -> None:
     with pytest.raises(ConfigError, match=r"^here: unknown key 'dtypes'; the nearest valid one is 'dtype'$"):
         read_section(ModelConfig, {"dtypes": "x"}, "here: ")
+
+
+def test_a_slow_replica_has_a_profile_of_its_own() -> None:
+    model = ModelConfig(engine="simulated", step_profile={"base_s": 0.5, "slowdown": 1.5}, slowdowns={"m-decode-1": 3.0})
+    assert model.profile_of("m-decode-0") == {"base_s": 0.5, "slowdown": 1.5}
+    assert model.profile_of("m-decode-1") == {"base_s": 0.5, "slowdown": 3.0}
+
+
+def test_many_simulated_replicas_fit_where_few_real_ones_do() -> None:
+    assert ModelConfig().declared_cpus == 0.25
+    assert 100 * ModelConfig(engine="simulated").declared_cpus <= 2
+    assert ModelConfig(engine="simulated", cpus_per_replica=1.0).declared_cpus == 1.0
+
+
+def test_slowdowns_are_read_by_replica() -> None:
+    assert parse_slowdowns(["m-decode-0=2", "m-prefill-1=0.5"]) == {"m-decode-0": 2.0, "m-prefill-1": 0.5}
+
+
+@pytest.mark.parametrize("text", ["", "2", "m-decode-0", "m-decode-0=fast", "=2"])
+def test_a_slowdown_without_replica_or_factor_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not REPLICA=FACTOR"):
+        parse_slowdowns([text])

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from random import Random
+from types import SimpleNamespace
 from typing import cast
 
 import grpc.aio
@@ -11,11 +12,12 @@ from prometheus_client import CollectorRegistry
 
 from router.config import RouterConfig
 from router.core import RouterCore
+from router.interval import PredictionKind
 from router.register_view import RegisterView
 from router.server import ControlService
 from router.shell import RouterShell
 from router.workers import Workers
-from tandem.cluster_view import status_from_pb, targets_to_pb
+from tandem.cluster_view import PredictionScore, status_from_pb, targets_to_pb
 from tandem.convert import lease_to_pb
 from tandem.deadline import Deadline
 from tandem.domain import ModelId, ReplicaTarget, Role
@@ -29,7 +31,7 @@ from tests.memory_register import MemoryRegister
 from tests.register_bench import PREFILL
 from tests.samples import make_lease
 
-CALL = cast("ServerCall", None)  # none of these handlers asks its call for anything
+CALL = cast("ServerCall", SimpleNamespace(metadata={}))  # none of these handlers asks its call for more
 ROLE = common_pb2.ROLE_PREFILL
 
 
@@ -140,6 +142,30 @@ async def test_the_status_counts_requests_that_are_held_for_a_models_first_repli
     bench.shell.replica_seen(make_lease())
     await held
     assert (await bench.service.get_status(control_pb2.GetStatusRequest(), CALL)).queued_requests == 0
+
+
+async def test_the_status_tells_what_predictions_were_worth_and_whether_they_are_trusted() -> None:
+    bench = Bench("m", "n")
+    scores = bench.shell.core.predictor.scores
+    for _ in range(60):
+        scores.observe(PredictionKind.PREFILL, "n", predicted=1.0, q90=1.5, actual=4.0, now_s=0.0)
+    scores.observe(PredictionKind.TPOT, "m", predicted=0.02, q90=0.03, actual=0.025, now_s=0.0)
+    first, second = status_from_pb(await bench.service.get_status(control_pb2.GetStatusRequest(), CALL)).predictions
+    assert (first.model, first.is_trusted, second.model, second.is_trusted) == ("m", True, "n", False)
+    assert second.scores == (
+        PredictionScore(
+            kind="prefill",
+            outcomes_total=60,
+            window_outcomes=60,
+            predicted_p50=1.0,
+            actual_p50=4.0,
+            mean_error_fraction=0.75,
+            q90_coverage_fraction=0.0,
+        ),
+    )
+    assert [(score.kind, score.predicted_p50, score.actual_p50, score.q90_coverage_fraction) for score in first.scores] == [
+        ("tpot", 0.02, 0.025, 1.0)
+    ]
 
 
 async def test_a_model_scaled_to_zero_by_hand_can_be_given_replicas_again() -> None:

@@ -130,3 +130,12 @@ def test_an_enum_value_of_a_later_version_is_a_protocol_error() -> None:
     message.finish_reason = 99  # type: ignore[assignment]
     with pytest.raises(ProtocolError, match="99"):
         convert.chunk_from_pb(message)
+
+
+def test_a_prefill_request_is_prompt_and_resumed_tokens() -> None:
+    message = worker_pb2.PrefillRequest(request_id="r", model="m", prompt_token_ids=[1, 2, 3], resumed_tokens=1, cache_salt="s")
+    request = convert.request_from_prefill_pb(message)
+    assert (request.request_id, request.model, request.cache_salt) == ("r", "m", "s")
+    assert (request.prompt_token_ids, request.resume_token_ids) == ((1, 2), (3,))
+    message.resumed_tokens = 7
+    assert convert.request_from_prefill_pb(message).prompt_token_ids == ()

@@ -5,7 +5,20 @@ from typing import Any
 
 import pytest
 
-from tandem.domain import EngineInfo, ModelId, Request, RequestId, Sampling, Slo, StructuredKind, StructuredOutput
+from tandem.domain import (
+    MAX_PREFILL_CANDIDATES,
+    EngineInfo,
+    ModelId,
+    Plan,
+    PlannedWorker,
+    ReplicaId,
+    Request,
+    RequestId,
+    Sampling,
+    Slo,
+    StructuredKind,
+    StructuredOutput,
+)
 from tandem.errors import InvalidRequestError, Reason
 from tests.unit.test_convert import ENGINE
 
@@ -140,3 +153,26 @@ def test_an_objective_that_is_no_time_is_refused(bad_s: float) -> None:
     with pytest.raises(InvalidRequestError, match=r"slo\.ttft_s"):
         Slo(ttft_s=bad_s).validate()
     Slo(ttft_s=0.5, tpot_s=0.02).validate()
+
+
+WORKER = PlannedWorker(replica_id=ReplicaId("prefill-0"), incarnation=1, address="host:1")
+
+
+def test_a_plan_as_routers_make_it_is_valid() -> None:
+    Plan(plan_id="p", decode=WORKER, prefill=(WORKER,) * MAX_PREFILL_CANDIDATES, slack_s=-5.0).validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prefill": (WORKER,) * (MAX_PREFILL_CANDIDATES + 1)}, "plan.prefill"),
+        ({"prefill": (replace(WORKER, address=""),)}, "plan.prefill"),
+        ({"prefill": (replace(WORKER, address="a:1,b:1"),)}, "plan.prefill"),
+        ({"slack_s": float("nan")}, "plan.slack_s"),
+        ({"slack_s": float("inf")}, "plan.slack_s"),
+    ],
+)
+def test_a_plan_that_no_router_makes_names_the_field(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        replace(Plan(plan_id="p", decode=WORKER), **changes).validate()
+    assert caught.value.field == field

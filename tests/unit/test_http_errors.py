@@ -6,6 +6,7 @@ import pytest
 
 from router.http import http_status, retry_headers, tandem_error_object
 from tandem.errors import (
+    AuthenticationError,
     CancelledRequestError,
     Code,
     ConfigError,
@@ -16,6 +17,7 @@ from tandem.errors import (
     NotBuiltError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     Reason,
     TandemError,
     UnavailableError,
@@ -37,7 +39,9 @@ from tandem.errors import (
         (CancelledRequestError(), 499, "invalid_request_error", "client_cancelled"),
         (NotBuiltError("x"), 501, "server_error", "not_built"),
         (InternalError("oops"), 500, "server_error", "bug"),
-        (rebuild("no", code=Code.UNAUTHENTICATED, reason=Reason.PROTOCOL), 401, "authentication_error", "protocol"),
+        (AuthenticationError("no"), 401, "authentication_error", "invalid_api_key"),
+        (PermissionDeniedError("no"), 403, "permission_error", "not_operator"),
+        (OverloadedError("much", retry_after_s=1.0, reason=Reason.TENANT_QUOTA), 429, "rate_limit_error", "rate_limit_exceeded"),
         (rebuild("over", code=Code.ABORTED, reason=Reason.WORKER_LOST), 503, "service_unavailable_error", "worker_lost"),
         (rebuild("bad", code=Code.DATA_LOSS, reason=Reason.PROTOCOL), 500, "server_error", "protocol"),
     ],

@@ -14,7 +14,10 @@ async def test_slices_make_one_chain(tokens: int, salt: str) -> None:
     assert await hash_in_slices(range(tokens), 4, salt) == block_hashes(range(tokens), 4, salt)
 
 
-async def test_the_loop_turns_between_slices() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "block_size_tokens", "slices"), [(2560, 4, 10), (131_072, 32, 128), (131_072, 128, 128), (9000, 3000, 3)]
+)
+async def test_the_loop_turns_between_slices(tokens: int, block_size_tokens: int, slices: int) -> None:
     turns = 0
 
     async def count() -> None:
@@ -24,6 +27,6 @@ async def test_the_loop_turns_between_slices() -> None:
             await asyncio.sleep(0)
 
     counting = asyncio.create_task(count())
-    await hash_in_slices(range(64 * 4 * 10), 4, "")
+    await hash_in_slices(range(tokens), block_size_tokens, "")
     counting.cancel()
-    assert turns == 10
+    assert turns == slices

@@ -65,7 +65,7 @@ class TestDrain:
         assert sorted(one for some in gone for one in some) == sorted(ids)
 
     def test_a_move_costs_nothing_of_the_retry_budget(self) -> None:
-        core = make_core(config=RouterConfig(retry_budget=1), replicas=("decode-0",))
+        core = make_core(config=RouterConfig(one_worker_max_tokens=0, retry_budget=1), replicas=("decode-0",))
         request_id = begin(core, 1)
         for attempt, name in ((1, "decode-1"), (2, "decode-2"), (3, "decode-3")):
             core.replica_seen(make_lease(name), 1.0)

@@ -1,5 +1,7 @@
 """What is far too long is refused before anything is made of it."""
 
+from dataclasses import replace
+
 import pytest
 
 from router.request_reader import read_request
@@ -30,6 +32,14 @@ async def test_more_resumed_tokens_than_the_context_are_refused_by_their_number(
     error = await refusal(token_ids=inference_pb2.TokenIds(ids=[1]), resume_token_ids=ids, first_position=len(ids))
     assert error.field == "resume_token_ids"
     assert str(ENGINE.context_tokens) in error.message
+
+
+async def test_a_long_prompt_is_read_whole() -> None:
+    lease = make_lease()
+    lease = replace(lease, engine=replace(lease.engine, context_tokens=100_000))
+    ids = [number % 90 for number in range(20_000)]
+    message = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(ids=ids))
+    assert (await read_request(message, lease, Tokenizers())).prompt_token_ids == tuple(ids)
 
 
 async def test_a_conversation_of_too_many_messages_is_refused_by_their_number() -> None:

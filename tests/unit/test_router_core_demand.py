@@ -85,7 +85,7 @@ def test_a_full_queue_for_a_model_at_zero_refuses_no_request_that_a_replica_coul
 
 
 def test_a_caller_who_names_no_known_model_may_come_back_soon() -> None:
-    assert make_core().retry_after_s(None) == pytest.approx(0.1)
+    assert make_core().retry_after_s(None, 0.0) == pytest.approx(0.1)
 
 
 def test_the_waiting_work_of_a_model_is_its_requests_and_their_prefill() -> None:

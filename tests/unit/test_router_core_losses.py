@@ -2,9 +2,12 @@
 
 from router.config import RouterConfig
 from router.instructions import Abandon, Dispatch, Reject
-from tandem.domain import Receipt, ReplicaId, ReplicaState, Role, Sampling, Stamp, StampKind, WorkerLoad
+from tandem.domain import Namespace, Receipt, ReplicaId, ReplicaState, Role, Sampling, Stamp, StampKind, WorkerLoad
 from tandem.errors import ProtocolError, Reason
-from tests.core_talk import LOST, R1, R2, make_core, only_dispatch, only_reject, predicted_work, submit
+from tandem.held_blocks import BlockChange
+from tandem.short_hash import short_hashes
+from tandem.step_sample import StepSample
+from tests.core_talk import HASHES, LOST, R1, R2, make_core, only_dispatch, only_reject, predicted_work, submit
 from tests.samples import make_lease, make_request
 
 
@@ -30,7 +33,7 @@ def test_events_of_an_older_attempt_are_ignored() -> None:
 
 
 def test_a_failure_that_another_worker_would_repeat_ends_the_request() -> None:
-    core = make_core(config=RouterConfig(max_running_requests=1))
+    core = make_core(config=RouterConfig(one_worker_max_tokens=0, max_running_requests=1))
     submit(core)
     submit(core, "r2")
     error = ProtocolError("gap")
@@ -94,7 +97,7 @@ def test_a_newer_incarnation_ends_the_older_and_an_older_is_ignored() -> None:
     assert isinstance(abandon, Abandon)
     assert core.replica_seen(make_lease(incarnation=2), 0.2) == []
     assert core.replica_lost(ReplicaId("decode-0"), 1, 0.2) == []
-    assert core.replicas()[0].lease.incarnation == 3
+    assert core.replicas(0.0)[0].lease.incarnation == 3
 
 
 def test_a_draining_replica_gets_no_new_requests_and_keeps_its_bookings() -> None:
@@ -147,3 +150,52 @@ def test_an_id_used_again_gets_new_attempt_numbers_and_its_whole_budget() -> Non
     core.cancelled(R1, 6.0)
     core.tick(11.0)
     assert only_dispatch(submit(core, now_s=11.0)).attempt == 1
+
+
+def test_measured_steps_are_believed_of_a_known_incarnation_only() -> None:
+    core = make_core()
+    step = StepSample(prefill_tokens=0, prefill_pairs=0, decode_requests=1, kv_tokens=10, duration_s=0.002)
+    assert core.steps(ReplicaId("decode-0"), 1, [step], 0.0)
+    assert not core.steps(ReplicaId("decode-0"), 2, [step], 0.0)
+    assert not core.steps(ReplicaId("decode-9"), 1, [step], 0.0)
+
+
+def test_a_replicas_cache_is_believed_of_a_known_incarnation_only_and_forgotten_with_it() -> None:
+    core = make_core(replicas=["decode-0"])
+    change = BlockChange(stored=short_hashes(HASHES[:2]).tobytes())
+    assert core.cached(ReplicaId("decode-0"), 1, change)
+    assert not core.cached(ReplicaId("decode-0"), 2, change)
+    assert not core.cached(ReplicaId("decode-9"), 1, change)
+    assert core.prefixes.match(HASHES) == {(ReplicaId("decode-0"), 1): 2}
+    core.replica_lost(ReplicaId("decode-0"), 1, 0.0)
+    assert core.prefixes.match(HASHES) == {}
+
+
+def test_a_nodes_store_is_known_until_it_is_lost() -> None:
+    core = make_core(replicas=[])
+    namespaces = [Namespace("ab" * 16), Namespace("cd" * 16)]
+    for namespace in namespaces:
+        core.stored("node", namespace, BlockChange(stored=short_hashes(HASHES).tobytes()))
+    core.stored("other", namespaces[0], BlockChange(stored=short_hashes(HASHES[:1]).tobytes()))
+    core.store_lost("node")
+    match = core.prefixes.match(HASHES)
+    assert [match.store_blocks("node", namespace) for namespace in namespaces] == [0, 0]
+    assert match.store_blocks("other", namespaces[0]) == 1
+
+
+def test_a_worker_that_did_not_prefill_after_all_has_what_it_had_before() -> None:
+    core = make_core()
+    only_dispatch(submit(core))
+    core.tokens(R1, 1, 1, 0.1)
+    both = {(ReplicaId("prefill-0"), 1): 3, (ReplicaId("decode-0"), 1): 3}
+    assert core.prefixes.match(HASHES) == both
+    core.finished(R1, 1, Receipt(request_id=R1, prefill_replica_id="decode-0"), 0.2)
+    assert core.prefixes.match(HASHES) == {(ReplicaId("decode-0"), 1): 3}
+
+
+def test_a_worker_that_prefilled_as_planned_has_the_prompt() -> None:
+    core = make_core()
+    only_dispatch(submit(core))
+    core.tokens(R1, 1, 1, 0.1)
+    core.finished(R1, 1, Receipt(request_id=R1, prefill_replica_id="prefill-0"), 0.2)
+    assert len(core.prefixes.match(HASHES)) == 2

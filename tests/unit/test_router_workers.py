@@ -1,7 +1,8 @@
 """Whom the router watches as leases come and go, and what becomes of a worker whose lease ran out."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from random import Random
@@ -15,15 +16,30 @@ from router.config import RouterConfig
 from router.core import RouterCore
 from router.shell import RouterShell
 from router.workers import Workers
-from tandem.convert import lease_to_pb
-from tandem.domain import Lease, PlannedWorker, ReplicaState
+from tandem.convert import block_change_to_pb, lease_to_pb, step_to_pb
+from tandem.domain import BlockHash, Lease, PlannedWorker, ReplicaId, ReplicaState
 from tandem.errors import UnavailableError
+from tandem.held_blocks import BlockChange
+from tandem.step_sample import StepSample
 from tandem.telemetry import RouterMetrics
 from tandem.v1 import worker_pb2
 from tests.fake_channel import FakeChannel
 from tests.samples import make_lease
 
+STEP = StepSample(prefill_tokens=0, prefill_pairs=0, decode_requests=1, kv_tokens=10, duration_s=0.002)
 A, B = make_lease("a", address="a:1"), make_lease("b", address="b:1")
+
+
+class Core(RouterCore):
+    """Notes the steps that come."""
+
+    def __init__(self, config: RouterConfig, rng: Random) -> None:
+        super().__init__(config, rng)
+        self.told: list[tuple[str, int, list[StepSample]]] = []
+
+    def steps(self, replica_id: ReplicaId, incarnation: int, samples: Sequence[StepSample], now_s: float) -> bool:
+        self.told.append((replica_id, incarnation, list(samples)))
+        return super().steps(replica_id, incarnation, samples, now_s)
 
 
 class Bench:
@@ -31,7 +47,9 @@ class Bench:
 
     def __init__(self, *fixed: str) -> None:
         config = RouterConfig(watch_silence_s=3600.0)
-        self.shell = RouterShell(config, RouterCore(config, Random(1)), RouterMetrics(CollectorRegistry()), lambda: 0.0)
+        core = Core(config, Random(1))
+        self.steps = core.told
+        self.shell = RouterShell(config, core, RouterMetrics(CollectorRegistry()), lambda: 0.0)
         self.channels: dict[str, FakeChannel] = {}
         self.opened: list[str] = []
         self.workers = Workers(fixed, self.shell, Random(2), self._connect)
@@ -194,3 +212,46 @@ async def test_a_plan_for_an_older_incarnation_does_not_reach_the_newer_one() ->
         await bench.says(replace(A, incarnation=2))
         with pytest.raises(UnavailableError):
             bench.workers.channel(planned(A))
+
+
+async def test_measured_steps_reach_the_core_with_their_replica() -> None:
+    async with watching("a:1") as bench:
+        await bench.says(A)
+        bench.channels["a:1"].streams[-1].put(worker_pb2.WatchResponse(incarnation=A.incarnation, sequence=1, steps=[step_to_pb(STEP)]))
+        bench.channels["a:1"].streams[-1].put(worker_pb2.WatchResponse(incarnation=99, sequence=2, steps=[step_to_pb(STEP)]))
+        await settle()
+        assert bench.steps == [("a", A.incarnation, [STEP]), ("a", 99, [STEP])]
+
+
+async def test_cached_blocks_reach_the_index_and_go_with_their_replica() -> None:
+    def told(change: BlockChange, incarnation: int = A.incarnation) -> worker_pb2.WatchResponse:
+        return worker_pb2.WatchResponse(incarnation=incarnation, block_events=block_change_to_pb(change))
+
+    hashes = [BlockHash(hashlib.sha256(bytes([number])).digest()) for number in range(3)]
+    short = [block_hash[:8] for block_hash in hashes]
+    holder = (A.replica_id, A.incarnation)
+    async with watching("a:1") as bench:
+        prefixes = bench.shell.core.prefixes
+        await bench.says(A)
+        stream = bench.channels["a:1"].streams[-1]
+        stream.put(told(BlockChange(is_cleared=True, stored=b"".join(short))))
+        await settle()
+        assert prefixes.match(hashes) == {holder: 3}
+        stream.put(told(BlockChange(removed=short[2])))
+        stream.put(told(BlockChange(removed=short[0]), incarnation=99))
+        await settle()
+        assert prefixes.match(hashes) == {holder: 2}
+        stream.put(told(BlockChange(is_cleared=True, stored=short[0])))
+        await settle()
+        assert prefixes.match(hashes) == {holder: 1}
+        await bench.ends("a:1")
+        assert prefixes.match(hashes) == {}
+
+
+async def test_block_events_that_are_none_break_the_stream() -> None:
+    async with watching("a:1") as bench:
+        await bench.says(A)
+        odd = worker_pb2.BlockEvent(kind=worker_pb2.BlockEvent.KIND_STORED, short_hashes=b"1234567")
+        bench.channels["a:1"].streams[-1].put(worker_pb2.WatchResponse(incarnation=A.incarnation, block_events=[odd]))
+        await settle()
+        assert bench.states == {}

@@ -7,6 +7,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from tandem.errors import (
+    AuthenticationError,
     CancelledRequestError,
     Code,
     ConfigError,
@@ -18,6 +19,7 @@ from tandem.errors import (
     NotBuiltError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     PreconditionError,
     ProtocolError,
     Reason,
@@ -53,7 +55,9 @@ ERRORS: list[TandemError] = [
     EngineError("the engine died"),
     ProtocolError("tokens 3 to 4 are missing"),
     InternalError("generate failed"),
-    TandemError("who are you", code=Code.UNAUTHENTICATED, reason=Reason.BAD_FIELD),
+    AuthenticationError("who are you"),
+    PermissionDeniedError("you may not"),
+    OverloadedError("over the quota", retry_after_s=2.5, reason=Reason.TENANT_QUOTA),
     TandemError("no attempts left", code=Code.ABORTED, reason=Reason.WORKER_LOST, retryable=True),
     TandemError("a block is lost", code=Code.DATA_LOSS, reason=Reason.PROTOCOL),
 ]
@@ -96,7 +100,7 @@ def test_the_stage_of_a_deadline_travels() -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineError, Reason.DEADLINE),
         (grpc.StatusCode.NOT_FOUND, NotFoundError, Reason.PROTOCOL),
         (grpc.StatusCode.ALREADY_EXISTS, PreconditionError, Reason.PROTOCOL),
-        (grpc.StatusCode.PERMISSION_DENIED, TandemError, Reason.PROTOCOL),
+        (grpc.StatusCode.PERMISSION_DENIED, PermissionDeniedError, Reason.PROTOCOL),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError, Reason.PROTOCOL),
         (grpc.StatusCode.FAILED_PRECONDITION, PreconditionError, Reason.PROTOCOL),
         (grpc.StatusCode.ABORTED, TandemError, Reason.PROTOCOL),
@@ -105,7 +109,7 @@ def test_the_stage_of_a_deadline_travels() -> None:
         (grpc.StatusCode.INTERNAL, ProtocolError, Reason.PROTOCOL),
         (grpc.StatusCode.UNAVAILABLE, UnavailableError, Reason.CONNECTION_LOST),
         (grpc.StatusCode.DATA_LOSS, TandemError, Reason.PROTOCOL),
-        (grpc.StatusCode.UNAUTHENTICATED, TandemError, Reason.PROTOCOL),
+        (grpc.StatusCode.UNAUTHENTICATED, AuthenticationError, Reason.PROTOCOL),
     ],
 )
 def test_a_bare_status_has_a_class_too(status: grpc.StatusCode, kind: type[TandemError], reason: Reason) -> None:

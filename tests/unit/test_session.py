@@ -10,6 +10,7 @@ from tandem.errors import (
     DeadlineError,
     EngineError,
     InvalidRequestError,
+    NotBuiltError,
     OverloadedError,
     PreconditionError,
     ProtocolError,
@@ -146,4 +147,5 @@ class TestLosses:
     def test_a_worker_that_failed_is_another_thing_than_a_request_that_did(self) -> None:
         assert has_lost_worker(EngineError("died"))
         assert has_lost_worker(PreconditionError("restarted", reason=Reason.STALE_INCARNATION))
+        assert has_lost_worker(NotBuiltError("Worker.Generate"))  # another server has its port now
         assert not has_lost_worker(ProtocolError("gap"))

@@ -1,32 +1,41 @@
 """What follows from one tracked request alone."""
 
-import pytest
-
+from router.output_length import LengthKey
+from router.placement import CONTINUATION
 from router.tracked import Tracked
 from tandem.domain import Sampling
 from tandem.errors import DeadlineError, EngineError, PreconditionError, ProtocolError, Reason, TandemError
-from tests.samples import make_lease, make_request
+from tests.samples import make_request
 
 
-def _tracked(sampling: Sampling | None = None, deadline_s: float | None = None, expected: int | None = None) -> Tracked:
-    request = make_request(sampling=sampling, expected_output_tokens=expected)
-    tracked = Tracked(request=request, block_hashes=(), deadline_s=deadline_s, predicted_queue_s=0.0)
+def _tracked(sampling: Sampling | None = None, deadline_s: float | None = None, resumed: int = 0) -> Tracked:
+    request = make_request(sampling=sampling, resume_token_ids=(7,) * resumed, tenant="t", session_id="s")
+    tracked = Tracked(request=request, block_hashes=(), deadline_s=deadline_s, arrived_s=0.0, arrival=1, first_token_due_s=10.0)
     tracked.attempt = 1
     return tracked
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "expected", "tokens"), [(None, None, 128), (16, None, 16), (None, 40, 40), (16, 40, 16), (64, 40, 40)]
-)
-def test_expected_output_is_what_the_request_says_within_its_limit(max_tokens: int | None, expected: int | None, tokens: int) -> None:
-    tracked = _tracked(Sampling(max_tokens=max_tokens), expected=expected)
-    assert tracked.job(make_lease(), handoff_min_tokens=None, default_output_tokens=128).expected_output_tokens == tokens
+def test_a_request_that_has_begun_is_a_continuation_whoever_sent_its_output() -> None:
+    tracked, resumed = _tracked(), _tracked(resumed=3)
+    assert (tracked.has_output, tracked.one_worker_reason) == (False, "")
+    tracked.output_tokens = 1
+    assert (tracked.has_output, tracked.one_worker_reason) == (True, CONTINUATION)
+    assert (resumed.has_output, resumed.one_worker_reason) == (True, CONTINUATION)
 
 
-def test_a_hand_off_takes_two_blocks_unless_set() -> None:
+def test_what_its_sampling_says_goes_before() -> None:
+    assert _tracked(Sampling(n=2), resumed=1).one_worker_reason == "n"
+
+
+def test_its_output_is_predicted_by_what_is_known_before_it_runs() -> None:
+    assert _tracked(resumed=3).length_key == LengthKey("m", "t", "s", 100)
+
+
+def test_attempts_that_were_moved_or_came_before_are_no_tries() -> None:
     tracked = _tracked()
-    assert tracked.job(make_lease(), handoff_min_tokens=None, default_output_tokens=1).handoff_min_tokens == 64
-    assert tracked.job(make_lease(), handoff_min_tokens=7, default_output_tokens=1).handoff_min_tokens == 7
+    tracked.attempts_before, tracked.attempt, tracked.moves = 2, 5, 1
+    assert tracked.tries == 2
+    assert tracked.key == ("r1", 5)
 
 
 def test_output_counts_as_tokens_to_hold() -> None:

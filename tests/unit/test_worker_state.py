@@ -1,12 +1,14 @@
 """What a replica has accepted, and who is told of it."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from tandem.domain import ReplicaState, RequestId, Stamp, StampKind
-from tandem.errors import Reason, UnavailableError
-from tandem.worker_state import WorkerState
+from tandem.errors import InvalidRequestError, Reason, UnavailableError
+from tandem.step_sample import StepSample
+from tandem.worker_state import MAX_MESSAGE_STEPS, WorkerState
 from tests.samples import make_lease
 
 MINUTE_S = 60.0
@@ -69,13 +71,25 @@ def test_output_tokens_hold_kv_while_the_attempt_runs_and_stay_in_the_total() ->
 
 @pytest.mark.parametrize("incarnation", [0, 7])
 def test_work_for_this_incarnation_or_any_is_taken(incarnation: int) -> None:
-    make_state().check(incarnation)
+    make_state().check("m", incarnation)
 
 
 def test_work_for_another_incarnation_is_refused() -> None:
     with pytest.raises(UnavailableError, match=r"decode-0 is incarnation 7, not 6") as caught:
-        make_state().check(6)
+        make_state().check("m", 6)
     assert caught.value.reason is Reason.STALE_INCARNATION
+
+
+def test_work_that_means_another_replica_or_model_is_refused() -> None:
+    with pytest.raises(UnavailableError, match="this is decode-0, not decode-1") as caught:
+        make_state().check("m", 7, "decode-1")
+    assert caught.value.reason is Reason.STALE_INCARNATION
+    make_state().check("m", 7, "decode-0", "ns")
+    with pytest.raises(UnavailableError, match="decode-0 has blocks of ns, not of other"):
+        make_state().check("m", 7, "decode-0", "other")
+    with pytest.raises(InvalidRequestError, match="decode-0 serves 'm', not 'other'") as refused:
+        make_state().check("other", 7)
+    assert not refused.value.retryable
 
 
 def test_a_draining_replica_takes_no_work() -> None:
@@ -83,7 +97,7 @@ def test_a_draining_replica_takes_no_work() -> None:
     state.drain()
     assert state.lease.state is ReplicaState.DRAINING
     with pytest.raises(UnavailableError) as caught:
-        state.check(7)
+        state.check("m", 7)
     assert (caught.value.reason, caught.value.retryable) == (Reason.DRAINING, True)
 
 
@@ -154,3 +168,24 @@ class TestWatching:
             pass
         with state.watch("router") as watcher:
             assert await watcher.changed(0.0) == []
+
+
+STEP = StepSample(prefill_tokens=0, prefill_pairs=0, decode_requests=1, kv_tokens=10, duration_s=0.002)
+
+
+def test_every_watcher_is_told_of_every_measured_step_once() -> None:
+    state = make_state()
+    with state.watch("a") as one, state.watch("b") as other:
+        state.measured([STEP])
+        state.measured([replace(STEP, kv_tokens=11)])
+        for watcher in (one, other):
+            assert [step.kv_tokens for step in watcher.take_steps()] == [10, 11]
+            assert watcher.take_steps() == ()
+
+
+def test_a_watcher_that_does_not_read_keeps_the_latest_steps() -> None:
+    state = make_state()
+    with state.watch("a") as watcher:
+        state.measured([replace(STEP, kv_tokens=number) for number in range(100)])
+        steps = watcher.take_steps()
+        assert (len(steps), steps[-1].kv_tokens) == (MAX_MESSAGE_STEPS, 99)

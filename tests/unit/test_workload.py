@@ -124,14 +124,25 @@ def test_a_trace_of_one_moment_is_sent_at_once() -> None:
         ('{"timestamp": 1, "input_length": 1}', "t:2: the field 'output_length' is missing"),
         ('{"timestamp": 1, "input_length": "x", "output_length": 1}', "t:2: no request"),
         ('{"timestamp": NaN, "input_length": 1, "output_length": 1}', "t:2: times must be finite"),
-        ('{"timestamp": 1, "input_length": -1, "output_length": 1}', "not negative"),
-        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": [-2]}', "not negative"),
+        ('{"timestamp": 1, "input_length": -1, "output_length": 1}', "t:2: input_length must not be negative, got -1"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": -7}', "t:2: output_length must not be negative, got -7"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": [-2]}', "t:2: hash_ids must not be negative"),
+        ('{"timestamp": 1, "input_length": 1.5, "output_length": 1}', "input_length must be a whole number, got 1.5"),
+        ('{"timestamp": 1, "input_length": Infinity, "output_length": 1}', "input_length must be a whole number"),
+        ('{"timestamp": true, "input_length": 1, "output_length": 1}', "timestamp must be a number, got 'True'"),
+        (f'{{"timestamp": 1{"0" * 400}, "input_length": 1, "output_length": 1}}', "t:2: no request"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": 3}', "t:2: no request"),
     ],
 )
 def test_a_bad_line_of_a_trace_is_named(line: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_trace(['{"timestamp": 0, "input_length": 1, "output_length": 1}', line], "t")
+
+
+def test_a_trace_that_must_be_ordered_names_the_line_where_time_goes_backwards() -> None:
+    lines = [f'{{"timestamp": {time_ms}, "input_length": 1, "output_length": 1}}' for time_ms in (0, 3000, 3000, 2000)]
+    with pytest.raises(ConfigError, match="t:4: timestamp goes backwards, 2000 after 3000"):
+        parse_trace(lines, "t", must_be_ordered=True)
 
 
 def test_an_empty_trace_is_an_error() -> None:

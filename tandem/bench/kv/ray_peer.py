@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tandem.bench.kv.processes import SideProcess
 from tandem.bench.kv.side import Calls, Side, prefaulted, run_side
 from tandem.bench.kv.span import Span
-from tandem.ray_head import set_ray_environment
+from tandem.ray_environment import set_ray_environment
 
 
 class RayAdapter:

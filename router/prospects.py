@@ -1,0 +1,67 @@
+"""What a request may hope for: whether waiting is in vain, and when a refused caller should come back.
+
+Must not queue or refuse: it raises, and the core refuses.
+"""
+
+from math import inf
+
+from router.admission import Admission
+from router.config import RouterConfig
+from router.fleet import Fleet
+from router.placement import Assignment
+from router.predict import LoadPredictor
+from router.tracked import Tracked
+from tandem.domain import ModelId
+from tandem.errors import OverloadedError, Reason
+
+_SHORTEST_RETRY_S = 0.1
+
+
+class Prospects:
+    """Reads the core's fleet, queue and predictor."""
+
+    def __init__(self, config: RouterConfig, fleet: Fleet, admission: Admission, predictor: LoadPredictor) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._admission = admission
+        self._predictor = predictor
+
+    def start_wait_s(self, model: ModelId) -> float:
+        """How long a request may wait for the first replica of a model."""
+        return self._config.cold_start_wait_s if self._fleet.is_held(model) else self._config.no_replica_wait_s
+
+    def retry_after_s(self, model: ModelId | None, now_s: float) -> float:
+        """When a caller refused now should come back: once the model's queue has passed, or its replica may have started.
+
+        None: the model is not known.
+        """
+        if model is None:
+            return _SHORTEST_RETRY_S
+        if not self._fleet.is_ready(model):
+            return self.start_wait_s(model)
+        _, work_s = self._admission.queued_for(model)
+        queue = self._predictor.queue(model, ahead_s=work_s, replicas=max(1, self._fleet.ready_count(model)), now_s=now_s)
+        return max(_SHORTEST_RETRY_S, queue.mean_s)
+
+    def check(self, tracked: Tracked, assignment: Assignment, now_s: float) -> None:
+        """Raises OverloadedError where waiting is in vain, by predictions that are trusted.
+
+        A sheddable request must be predicted to meet its TTFT objective (its own, or the default). Any request that would have met its
+        deadline on an idle cluster, and is predicted not to have a token by then, is better tried again later. One that has nothing ahead
+        of it is not refused: later would be no better, and without outcomes nothing could show that the prediction is wrong.
+        """
+        ttft_s = assignment.ttft.mean_s
+        if not self._predictor.scores.is_trusted(tracked.request.model):
+            return
+        if assignment.ahead_s <= 0.0 and tracked.slots_ahead_s <= 0.0:
+            return
+        left_s = inf if tracked.deadline_s is None else tracked.deadline_s - now_s
+        late_s = ttft_s - left_s if assignment.own_s < left_s else 0.0
+        if tracked.request.sheddable:
+            late_s = max(late_s, ttft_s - (tracked.first_token_due_s - now_s))
+        if late_s > 0.0:
+            raise OverloadedError(
+                f"the first token is predicted in {ttft_s:.2f} s, which is {late_s:.2f} s too late",
+                retry_after_s=max(_SHORTEST_RETRY_S, late_s),
+                reason=Reason.PREDICTED_LATE,
+            )

@@ -1,0 +1,133 @@
+"""Whose turn it is: waiting requests in the lines of the workers chosen for them, and who of a line may go now.
+
+Must not book, refuse or dispatch: the core does, and says here who has left.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from router.config import QueueOrder, RouterConfig
+from router.fleet import Fleet
+from router.line import Shares, Waiting
+from router.lines import Lines
+from router.placement import Assignment, Placement
+from router.planner import Planner
+from router.tracked import Tracked
+from tandem.domain import ModelId, ReplicaId, RequestId
+
+_BEGUN_PRIORITY = -(2**31)  # of requests that go on after tokens: their clients are reading
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A request whose turn has come, and where it runs; None: too late for its objective, and it may be shed."""
+
+    tracked: Tracked
+    placement: Placement | None
+
+
+class Turns:
+    """Lines, and what keeps their first from going. `requests` is the core's, to read."""
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, planner: Planner, lines: Lines, shares: Shares, requests: Mapping[RequestId, Tracked]
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._planner = planner
+        self._lines = lines
+        self._shares = shares
+        self._requests = requests
+        self._stuck: dict[ReplicaId, None] = {}  # lines whose first found no slot, or no decode worker with room
+
+    def line_up(self, tracked: Tracked, assignment: Assignment | None) -> float:
+        """The request waits from now on, in the line of the worker chosen for it or without one.
+
+        What has begun goes before all else. Answers the seconds of its prefill.
+        """
+        request, config = tracked.request, self._config
+        tracked.assignment = assignment
+        if tracked.first_assignment is None:
+            tracked.first_assignment = assignment
+        own_s = self._planner.alone_s(tracked) if assignment is None else assignment.own_s
+        work_s = own_s if assignment is None else assignment.work_s
+        latest_start_s = tracked.first_token_due_s - own_s
+        is_shortest = config.queue_order is QueueOrder.SHORTEST
+        waiting = Waiting(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            priority=_BEGUN_PRIORITY if tracked.has_output else request.priority,
+            arrival=tracked.arrival,
+            latest_start_s=latest_start_s,
+            rank_s=own_s + config.queue_ageing * tracked.arrived_s if is_shortest else latest_start_s,
+            work_s=work_s,
+            tokens=0 if assignment is None else assignment.uncached_tokens,
+            has_objective=request.slo.ttft_s is not None,
+        )
+        self._lines.add(waiting, request.model, None if assignment is None else assignment.worker.replica_id)
+        return work_s
+
+    def leave(self, tracked: Tracked) -> None:
+        """The request waits no more; nothing where it did not."""
+        self._lines.discard(tracked.request.request_id)
+        tracked.assignment = None
+
+    def scatter(self, replica_id: ReplicaId, now_s: float) -> None:
+        """The worker takes nothing more: those in its line wait for others."""
+        for request_id in [waiting.request_id for waiting in self._lines.get(replica_id, ())]:
+            self._move(self._requests[request_id], now_s)
+
+    def house(self, model: ModelId, now_s: float) -> list[ReplicaId]:
+        """Finds workers for those who have none, and answers which: the requests of a model that no replica was ready for."""
+        if not self._fleet.is_ready(model):
+            return []
+        found = []
+        for request_id in self._lines.homeless(model):
+            tracked = self._requests[request_id]
+            self._move(tracked, now_s)
+            if tracked.assignment is not None:
+                found.append(tracked.assignment.worker.replica_id)
+        return found
+
+    def lines_due(self, touched: Iterable[ReplicaId], now_s: float) -> list[ReplicaId]:
+        """Lines to look at: of workers whose work has changed, and those that are stuck; by class and latest start of their first."""
+        firsts = []
+        for replica_id in {**self._stuck, **dict.fromkeys(touched)}:
+            line, lease = self._lines.get(replica_id), self._fleet.get(replica_id)
+            first = None if line is None or lease is None else line.first(self._planner.starts_s(lease, now_s), self._shares)
+            if first is None:
+                self._stuck.pop(replica_id, None)
+            else:
+                firsts.append((first.priority, first.latest_start_s, replica_id))
+        return [replica_id for _, _, replica_id in sorted(firsts)]
+
+    def try_next(self, replica_id: ReplicaId, now_s: float, *, has_slot: bool) -> Turn | None:
+        """Who goes from this line now; None where nobody may."""
+        line, lease = self._lines.get(replica_id), self._fleet.get(replica_id)
+        self._stuck.pop(replica_id, None)
+        if line is None or lease is None:
+            return None
+        if not has_slot:
+            self._stuck[replica_id] = None
+            return None
+        starts_s = self._planner.starts_s(lease, now_s)
+        first = line.first(starts_s, self._shares)
+        assert first is not None
+        tracked = self._requests[first.request_id]
+        assert tracked.assignment is not None
+        if not tracked.has_output and not self._planner.is_open(lease, now_s):
+            return None  # its own news, or the tick, bring it back
+        if not tracked.has_output and self._shares.must_wait(first.tenant) and self._planner.ahead_s(lease, now_s) > 0.0:
+            return None  # another router's tenant has had less: it fills this worker, which is not to stand idle
+        is_late = first.latest_start_s < starts_s and tracked.arrived_s < now_s and not tracked.has_output
+        if is_late and tracked.request.sheddable and self._planner.is_trusted(lease.model):
+            return Turn(tracked, None)
+        placement = self._planner.try_place(tracked, tracked.assignment, now_s)
+        if placement is None:
+            self._stuck[replica_id] = None
+            return None
+        return Turn(tracked, placement)
+
+    def _move(self, tracked: Tracked, now_s: float) -> None:
+        self._lines.discard(tracked.request.request_id)
+        self.line_up(tracked, self._planner.try_assign(tracked, now_s))

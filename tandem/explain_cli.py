@@ -1,0 +1,76 @@
+"""The command `tandem explain`. What it needs is imported inside it, so that help comes at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tandem.explanation import Explanation
+
+_COLUMNS = ("cached_tokens", "ahead_s", "own_s", "others_s", "total_s")
+
+
+def explain(
+    request_id: Annotated[str, typer.Argument(help="A request's id: x-request-id of an answer, or request_id of a receipt.")],
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Routers. Default: TANDEM_ENDPOINT, else the newest `tandem up` of this user.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for the answer.")] = 10.0,
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write one JSON object there.")] = None,
+) -> None:
+    """Show why a request went where it went, what was predicted, and what it came to."""
+    import dataclasses
+    import sys
+
+    from rich.console import Console
+
+    from tandem.cli_report import write_report
+    from tandem.sync_client import Client
+
+    with Client(endpoint) as client:
+        found = client.explain(request_id, timeout_s=timeout_s)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
+    console.print(candidates_table(found))
+    console.print(outcome_table(found))
+    if json is not None:
+        write_report(json, {"schema": "tandem.explain/1", **dataclasses.asdict(found)})
+
+
+def candidates_table(explanation: "Explanation") -> "Table":
+    """One row a candidate, best first."""
+    from rich.table import Table
+
+    plan = explanation.plan
+    where = " > ".join([*(worker.replica_id for worker in plan.prefill[:1]), plan.decode.replica_id])
+    why = f" ({plan.one_worker_reason})" if plan.one_worker_reason else ""
+    table = Table("", "worker", "does", title=f"{explanation.request_id}: {where}{why}")
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for candidate in explanation.candidates:
+        values = [candidate.term(name) for name in _COLUMNS]
+        cells = [
+            "" if value is None else f"{value:.0f}" if name.endswith("tokens") else f"{value:.4f}"
+            for name, value in zip(_COLUMNS, values, strict=True)
+        ]
+        table.add_row(
+            "*" if candidate.is_chosen else "", candidate.worker.replica_id, "both" if candidate.is_one_worker else "prefill", *cells
+        )
+    return table
+
+
+def outcome_table(explanation: "Explanation") -> "Table":
+    """Predicted against actual; only predicted where it has not ended."""
+    from rich.table import Table
+
+    terms = explanation.plan.predicted if explanation.receipt is None else explanation.receipt.predicted
+    table = Table(
+        "term", title="predicted and actual" if explanation.receipt is not None else "predicted; it has not ended well, or not yet"
+    )
+    for heading in ("predicted", "actual"):
+        table.add_column(heading, justify="right")
+    for term in terms:
+        table.add_row(term.name, f"{term.predicted:.4f}", "" if term.actual is None else f"{term.actual:.4f}")
+    return table

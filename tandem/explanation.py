@@ -1,0 +1,65 @@
+"""Why a request went where it went: the plan, the candidates with their terms, and what it came to. Plain values from `Router.Explain`."""
+
+from dataclasses import dataclass
+
+from tandem.convert import plan_from_pb, plan_to_pb, receipt_from_pb, receipt_to_pb
+from tandem.domain import Plan, PlannedWorker, PredictedTerm, Receipt
+from tandem.v1 import common_pb2, router_pb2
+from tandem.wire import from_message, to_message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A worker that was considered for the prompt; `is_one_worker`: for all of the request. Terms in seconds and tokens, as named."""
+
+    worker: PlannedWorker
+    is_one_worker: bool
+    is_chosen: bool
+    terms: tuple[PredictedTerm, ...]
+
+    def term(self, name: str) -> float | None:
+        """None where it has none of that name."""
+        return next((term.predicted for term in self.terms if term.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Of one request's last attempt. Candidates best first; no receipt: it has not ended well, or not yet."""
+
+    request_id: str
+    plan: Plan
+    candidates: tuple[Candidate, ...]
+    receipt: Receipt | None
+
+
+def explanation_to_pb(explanation: Explanation) -> router_pb2.ExplainResponse:
+    """Raises InvalidRequestError naming the field."""
+    message = router_pb2.ExplainResponse(request_id=explanation.request_id, plan=plan_to_pb(explanation.plan))
+    for candidate in explanation.candidates:
+        worker = to_message(common_pb2.PlannedWorker, "candidate", candidate.worker)
+        terms = [to_message(common_pb2.PredictedTerm, "terms", term) for term in candidate.terms]
+        part = {"decode": worker} if candidate.is_one_worker else {"prefill": worker}
+        message.candidates.append(router_pb2.Candidate(terms=terms, is_chosen=candidate.is_chosen, **part))
+    if explanation.receipt is not None:
+        message.receipt.CopyFrom(receipt_to_pb(explanation.receipt))
+    return message
+
+
+def explanation_from_pb(message: router_pb2.ExplainResponse) -> Explanation:
+    """Raises ProtocolError where the plan has no decode worker."""
+    return Explanation(
+        request_id=message.request_id,
+        plan=plan_from_pb(message.plan),
+        candidates=tuple(_candidate(candidate) for candidate in message.candidates),
+        receipt=receipt_from_pb(message.receipt) if message.HasField("receipt") else None,
+    )
+
+
+def _candidate(message: router_pb2.Candidate) -> Candidate:
+    is_one_worker = message.HasField("decode")
+    return Candidate(
+        worker=from_message(PlannedWorker, message.decode if is_one_worker else message.prefill),
+        is_one_worker=is_one_worker,
+        is_chosen=message.is_chosen,
+        terms=tuple(from_message(PredictedTerm, term) for term in message.terms),
+    )
