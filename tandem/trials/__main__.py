@@ -1,4 +1,4 @@
-"""`python -m tandem.trials`: the router on live clusters of its own, real engines and simulated ones; prints and writes what came of it."""
+"""`python -m tandem.trials`: promises on live clusters of their own, real engines and simulated ones; prints and writes what came of it."""
 
 import argparse
 import asyncio
@@ -6,17 +6,20 @@ import json
 import os
 from pathlib import Path
 
+from tandem.trials.continuation import continuation_trials
 from tandem.trials.overload import overload_trials
 from tandem.trials.prediction import prediction_trials
 from tandem.trials.tenancy import tenant_trials
 
-_TRIALS = ("prediction", "tenants", "overload")
+_TRIALS = ("continuation", "prediction", "tenants", "overload")
 
 
 async def _run(names: list[str], requests: int, warmup: int, rate_rps: float) -> dict[str, object]:
     report: dict[str, object] = {"schema": "tandem.trials/1"}
     for name in names:
         match name:
+            case "continuation":
+                report[name] = await continuation_trials()
             case "prediction":
                 report[name] = await prediction_trials(requests, warmup, rate_rps)
             case "tenants":

@@ -29,7 +29,7 @@ class Fleet:
 
     def __init__(self, cluster: ChaosCluster, http: aiohttp.ClientSession) -> None:
         self.routers = cluster.routers
-        self._cluster = cluster
+        self.cluster = cluster
         self._http = http
 
     async def total(self, name: str, *labels: str) -> float:
@@ -44,7 +44,7 @@ class Fleet:
         return found
 
     async def _pages(self) -> list[str]:
-        async with self._http.get(f"{self._cluster.http_urls[0]}/sd") as answer:
+        async with self._http.get(f"{self.cluster.http_urls[0]}/sd") as answer:
             groups = await answer.json()
         return sorted(f"http://{address}/metrics" for group in groups for address in group["targets"])
 

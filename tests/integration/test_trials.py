@@ -72,4 +72,4 @@ def test_a_trial_that_does_not_exist_is_answered_with_those_that_do(
     with pytest.raises(SystemExit) as caught:
         command.main()
     assert caught.value.code == 2
-    assert "no trial named 'speed'; there are prediction, tenants, overload" in capsys.readouterr().err
+    assert "no trial named 'speed'; there are continuation, prediction, tenants, overload" in capsys.readouterr().err
