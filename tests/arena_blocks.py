@@ -107,8 +107,8 @@ class ArenaBlocks:
         return found
 
     def age(self, wanted: BlockKey, age_s: float) -> None:
-        """Makes a block's last use that much older."""
-        self.arena.last_use_ms[self.slot(wanted)] -= np.uint32(1000 * age_s)
+        """Makes a block's last use that much older; across the clock's wrap, where the machine has not run for so long."""
+        self.arena.last_use_ms[[self.slot(wanted)]] -= np.uint32(1000 * age_s)  # as an array: numpy warns where a scalar wraps
 
     def end_lease(self, wanted: BlockKey) -> None:
         self.arena.leased_until_ms[self.slot(wanted)] = 0
