@@ -1,4 +1,4 @@
-"""`python -m router.bench`: what a decision and the prefix index cost at 1,000 replicas, and how long hashing holds the event loop.
+"""`python -m router.bench`: what a decision and the prefix index cost at 1,000 replicas, and how long hashing and tokenising take.
 
 Must not start processes or use the network. Figures are of the machine it runs on.
 """
@@ -9,17 +9,21 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from kv_transfer.manifest import hash_in_slices
 from router.block_probe_library import load_probe
 from router.decision_bench import DecisionTimes, measure_decisions
 from router.prefix_index import Holder, PrefixIndex
+from router.tokenizer import PromptTokenizer
 from tandem.domain import BlockHash, ReplicaId
+from tandem.engine.model_files import bundled_model_path
 from tandem.short_hash import ShortHashes, short_hashes
 
 SCHEMA = "tandem.router_bench.v1"
@@ -46,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure_index(options.replicas, options.indexed_blocks, options.prompt_blocks, options.rounds)
     decisions = [measure_decisions(count, options.prompt_blocks, options.decisions) for count in _scales(options.replicas)]
     rows += [_decision_row(one) for one in decisions]
-    rows.append(measure_hashing(_LONG_PROMPT_TOKENS))
+    hashing, tokenising = measure_hashing(_LONG_PROMPT_TOKENS), measure_tokenising(_LONG_PROMPT_TOKENS)
+    rows += [hashing.row(), tokenising.row()]
     for row in rows:
         print(f"{row['name']:<40} {row['text']}")
     if options.json is not None:
@@ -60,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "decision_p99_us": 1e6 * most.p99_s,
             "decisions_per_s": most.decisions_per_s,
             "requests_per_s": most.requests_per_s,
+            "hash_us": 1e6 * hashing.took_s,
+            "tokenise_us": 1e6 * tokenising.took_s,
             "rows": rows,
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -108,9 +115,38 @@ def measure_index(replicas: int, indexed_blocks: int, prompt_blocks: int, rounds
     return rows
 
 
-def measure_hashing(prompt_tokens: int) -> Row:
-    """How long another task waits for its turn while a prompt is hashed."""
+def measure_hashing(prompt_tokens: int) -> "LongWork":
+    """A prompt's block hashes, in slices between which other tasks have their turn."""
     token_ids = np.random.default_rng(2).integers(0, 128_000, prompt_tokens).tolist()
+    return _measure_beside(f"hash a prompt of {prompt_tokens} tokens", lambda: hash_in_slices(token_ids, _BLOCK_TOKENS, ""))
+
+
+def measure_tokenising(prompt_tokens: int) -> "LongWork":
+    """The token ids of a text by the bundled tokenizer, in a thread. The bundled sample over and over, so that words come again."""
+    folder = bundled_model_path()
+    cutter = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = cutter.decode(list(islice(cycle(cutter.encode((folder / "sample.txt").read_text()).ids), prompt_tokens)))
+    tokenizer = PromptTokenizer.load(str(folder))  # another one, which has cached no word yet
+    return _measure_beside(f"tokenise a prompt of {prompt_tokens} tokens", lambda: tokenizer.encode_text(text))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongWork:
+    """Work beside which another task takes turns: how long all of it took, and how long the other one waited for a turn."""
+
+    name: str
+    took_s: float
+    gaps_s: Sequence[float]
+
+    def row(self) -> Row:
+        """For the report."""
+        p50_s, p99_s, max_s = (float(np.quantile(self.gaps_s, quantile)) for quantile in (0.5, 0.99, 1.0))
+        waits = f"p50 {1e3 * p50_s:.2f}, p99 {1e3 * p99_s:.2f}, at most {1e3 * max_s:.2f} ms"
+        text = f"{1e3 * self.took_s:.1f} ms in all; others wait {waits}"
+        return {"name": self.name, "kind": "ours", "total_s": self.took_s, "p50_s": p50_s, "p99_s": p99_s, "max_s": max_s, "text": text}
+
+
+def _measure_beside(name: str, work: Callable[[], Awaitable[object]]) -> LongWork:
     gaps_s = list[float]()
 
     async def turn() -> None:
@@ -119,19 +155,15 @@ def measure_hashing(prompt_tokens: int) -> Row:
             await asyncio.sleep(0)
             gaps_s.append(time.perf_counter() - began_s)
 
-    async def hash_beside() -> float:
+    async def work_beside() -> float:
         turning = asyncio.create_task(turn())
         began_s = time.perf_counter()
-        await hash_in_slices(token_ids, _BLOCK_TOKENS, "")
+        await work()
         took_s = time.perf_counter() - began_s
         turning.cancel()
         return took_s
 
-    took_s = asyncio.run(hash_beside())
-    p50_s, p99_s, most_s = (float(np.quantile(gaps_s, quantile)) for quantile in (0.5, 0.99, 1.0))
-    text = f"{1e3 * took_s:.1f} ms in all; others wait p50 {1e3 * p50_s:.2f}, p99 {1e3 * p99_s:.2f}, at most {1e3 * most_s:.2f} ms"
-    name = f"hash a prompt of {prompt_tokens} tokens"
-    return {"name": name, "kind": "ours", "total_s": took_s, "p50_s": p50_s, "p99_s": p99_s, "max_s": most_s, "text": text}
+    return LongWork(name=name, took_s=asyncio.run(work_beside()), gaps_s=gaps_s)
 
 
 def _scales(replicas: int) -> list[int]:

@@ -41,7 +41,7 @@ def learnt(predictor: LoadPredictor) -> tuple[PoolCoefficients, ...]:
             model=ModelId(report.pool.model),
             hardware=report.pool.hardware,
             role=Role(report.pool.role),
-            cost=predictor.pools.cost(report.pool),
+            cost=report.filled,
             p90_ratio=report.p90_ratio,
             samples=report.observations,
         )

@@ -77,7 +77,7 @@ class RouterConfig:
             "ahead_s",
             "max_prefix_copies",
         ):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in (
             "tick_s",

@@ -28,6 +28,7 @@ from router.instructions import Abandon, CopyPrefix, Dispatch, Instruction, Reje
 from router.ledger import Ledger
 from router.lines import Lines
 from router.moves import Moves
+from router.objectives import Objectives
 from router.output_length import OutputLengths
 from router.placement import Assignment, Placement
 from router.plan import make_plan
@@ -69,6 +70,7 @@ class RouterCore:
         self._fleet = Fleet()
         self._ledger = Ledger(config.stamp_settle_s)
         self._backlog = Backlog()
+        self._objectives = Objectives()
         self._lines = Lines()
         self._tenants = FairShares({} if weights is None else weights)
         self._tenant_requests: Counter[str] = Counter()
@@ -89,6 +91,7 @@ class RouterCore:
             rng=rng,
             shares=self._tenants,
             parameters=parameters or PolicyParameters(),
+            objectives=self._objectives,
         )
         self._moves = Moves(config, self._fleet, self._ledger)
         self._requests: dict[RequestId, Tracked] = {}
@@ -177,7 +180,8 @@ class RouterCore:
         self._requests[request_id] = tracked
         self._tenant_requests[request.tenant] += 1
         self._tenants.activate(request.tenant)
-        work_s = self._turns.line_up(tracked, assignment)
+        tracked.is_predicted = assignment is not None and not is_begun  # choices after the first are timed from the first's arrival
+        work_s = self._turns.line_up(tracked, assignment, now_s)
         self._admission.enqueue(request_id, model=model, deadline_s=deadline_s, now_s=now_s, work_s=work_s)
         copies = self.hot_prefixes.note(tracked, assignment, now_s)
         return [*copies, *self._pump(now_s, _worker_of(assignment), model)]
@@ -201,7 +205,9 @@ class RouterCore:
         for lease in placement.prefill[:1]:
             self._ledger.release(lease.replica_id, tracked.key, now_s)
         self._backlog.end(placement.worker.replica_id, tracked.key, now_s)
-        self._prefixes.record(tracked.block_keys, *map(holder_of, (*placement.prefill[:1], placement.decode)))
+        living = [lease for lease in (*placement.prefill[:1], placement.decode) if self._fleet.is_known(lease)]
+        if living:
+            self._prefixes.record(tracked.block_keys, *map(holder_of, living))
         return self._pump(now_s, placement.worker_ids)
 
     def finished(self, request_id: RequestId, attempt: int, receipt: Receipt, now_s: float) -> list[Instruction]:
@@ -237,7 +243,7 @@ class RouterCore:
             tracked.avoid.add(holder_of(placement.decode))
         tracked.hold_until_s = now_s + self._config.retry_hold_s
         assignment = self._planner.try_assign(tracked, now_s)
-        work_s = self._turns.line_up(tracked, assignment)
+        work_s = self._turns.line_up(tracked, assignment, now_s)
         self._admission.wait_again(request_id, now_s=now_s, work_s=work_s)
         return self._pump(now_s, (*placement.worker_ids, *_worker_of(assignment)), tracked.request.model)
 
@@ -338,12 +344,13 @@ class RouterCore:
         for request_id in self._admission.expired(now_s):
             instructions.append(self._refuse(self._requests[request_id], DeadlineError("queue"), now_s))
         for model in self._admission.models:
-            instructions += self._refuse_in_vain(model, now_s)
+            instructions += [self._refuse(self._requests[one], error, now_s) for one, error in self._prospects.in_vain(model, now_s)]
         self._ledger.expire(now_s)
         self._recent.expire(now_s)
         instructions += self._move(now_s)
         for model in self._lines.homeless_models:
             self._turns.house(model, now_s)
+        self._turns.rethink(now_s)
         return [*instructions, *self._pump(now_s, tuple(self._lines))]
 
     # Inside.
@@ -357,19 +364,6 @@ class RouterCore:
             error = UnavailableError(f"replica {tracked.placement.decode.replica_id} gives the request to another", reason=Reason.MOVED)
             instructions.append(Abandon(request_id=tracked.request.request_id, attempt=tracked.attempt, error=error))
         return instructions
-
-    def _refuse_in_vain(self, model: ModelId, now_s: float) -> list[Reject]:
-        """Ends the requests that wait for a model that no replica comes for, and those that have waited for one too long."""
-        error, until_s = self._fleet.refusal(model), now_s
-        unserved_s = self._fleet.unserved_s(model, now_s)
-        if error is None:
-            wait_s = self._prospects.start_wait_s(model)
-            if unserved_s is None or unserved_s < wait_s:
-                return []
-            message = f"no replica of model {model!r} has been ready for {unserved_s:.1f} s"
-            error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=self._config.no_replica_wait_s)
-            until_s = now_s - wait_s
-        return [self._refuse(self._requests[request_id], error, now_s) for request_id in self._admission.waiting_since(model, until_s)]
 
     def _pump(self, now_s: float, touched: Iterable[ReplicaId] = (), model: ModelId | None = None) -> list[Instruction]:
         """Dispatches whoever may go, from the lines of workers whose work has changed and from those that lacked a slot or room.
@@ -409,6 +403,7 @@ class RouterCore:
             self._ledger.book(lease.replica_id, tracked.key, prefill_tokens=tokens, kv_tokens=tracked.total_tokens)
         decode_prefill_tokens = 0 if placement.prefill else tokens
         self._ledger.book(placement.decode.replica_id, tracked.key, prefill_tokens=decode_prefill_tokens, kv_tokens=tracked.total_tokens)
+        self._objectives.add(placement.decode.replica_id, request.slo.tpot_s)
         self._backlog.start(worker.replica_id, tracked.key, work_s=assignment.work_s, tokens=tokens, now_s=now_s)
         self._tenants.charge_prompt(request.tenant, tokens)
         tracked.charged_tokens = tokens
@@ -437,6 +432,7 @@ class RouterCore:
             for lease in (*tracked.placement.prefill[:1], tracked.placement.decode):
                 self._ledger.release(lease.replica_id, tracked.key, now_s)
             self._backlog.end(tracked.placement.worker.replica_id, tracked.key, now_s)
+            self._objectives.remove(tracked.placement.decode.replica_id, tracked.request.slo.tpot_s)
             if tracked.charged_tokens:  # no token came of it: the next attempt pays again
                 self._tenants.refund(tracked.request.tenant, tracked.charged_tokens)
                 tracked.charged_tokens = 0
@@ -483,10 +479,13 @@ class RouterCore:
         self._backlog.check_invariants()
         self._lines.check_invariants()
         assert len(self._prefixes) <= self._config.max_prefix_blocks, "the prefix index is over its bound"
+        reachable = set(map(holder_of, self._fleet.leases))
+        assert reachable.issuperset(self._prefixes.replicas), "the prefix index knows replicas that are gone"
         queued = {request_id for request_id, tracked in self._requests.items() if tracked.placement is None}
         assert queued == set(self._lines.requests), "lines and requests disagree on who waits"
         assert len(queued) == self.queued_requests, "queue and requests disagree on how many wait"
         assert set(self._tenants.active) == set(self._tenant_requests), "tenants without requests are active"
+        assert len(self._objectives) <= self.running_requests, "objectives of requests that do not run"
         assert len(self._requests) - len(queued) == self.running_requests, "queue and requests disagree on who runs"
         for lease in self._fleet.leases:
             for request_id, attempt in self._ledger.open_bookings(lease.replica_id):

@@ -109,6 +109,11 @@ class Fleet:
         """The lease of any replica of the model, the last one seen; None where none was."""
         return self._models.get(model)
 
+    def is_known(self, lease: Lease) -> bool:
+        """Whether that incarnation is reachable still."""
+        known = self._leases.get(lease.replica_id)
+        return known is not None and known.incarnation == lease.incarnation
+
     def is_taking(self, lease: Lease) -> bool:
         """Whether that incarnation takes new requests still."""
         known = self._leases.get(lease.replica_id)

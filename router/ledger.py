@@ -12,6 +12,9 @@ from typing import NamedTuple
 from tandem.domain import ReplicaId, RequestId, Stamp, StampKind, WorkerLoad
 
 BookingKey = tuple[RequestId, int]  # request and attempt
+# From one report to the next: hours of them at 100 Hz, and a stream, which counts from 0, loses none. A leap beyond is a wrong number;
+# believed, it would have every true report after it dropped.
+_MOST_LOST_REPORTS = 1_000_000
 
 
 class ReplicaLoad(NamedTuple):
@@ -117,9 +120,14 @@ class Ledger:
             self._released.append((now_s, account, key))
 
     def report(self, replica_id: ReplicaId, incarnation: int, sequence: int, load: WorkerLoad | None, stamps: Iterable[Stamp] = ()) -> bool:
-        """Takes a replica's totals (None: as before) and stamps. False: of another incarnation or older than the last, not believed."""
+        """Takes a replica's totals (None: as before) and stamps.
+
+        False, and nothing is believed: of another incarnation, no later than the last report, or too far beyond it to be true.
+        """
         account = self._accounts.get(replica_id)
-        if account is None or account.incarnation != incarnation or (account.sequence is not None and sequence <= account.sequence):
+        if account is None or account.incarnation != incarnation or sequence > (account.sequence or 0) + _MOST_LOST_REPORTS:
+            return False
+        if account.sequence is not None and sequence <= account.sequence:
             return False
         if account.sequence is not None and sequence > account.sequence + 1:
             self._doubt(account)

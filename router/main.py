@@ -45,6 +45,7 @@ from router.shell import RouterShell
 from router.stores import Stores
 from router.tokenizer import Tokenizers
 from router.workers import Workers
+from tandem.config_section import read_section
 from tandem.errors import ConfigError
 from tandem.membership import REGISTER_URL, Member, MemberKind, Register
 from tandem.network import advertised_host
@@ -93,13 +94,18 @@ def _parser() -> argparse.ArgumentParser:
         "--event-log-bytes", type=int, default=DEFAULT_LOG_BYTES, help="size at which the event log ends (default: %(default)s)"
     )
     for field in fields(RouterConfig):
-        kind: type = int if field.default is None else type(field.default)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help="default: %(default)s")
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=_flag_type(field.default), default=field.default, help="default: %(default)s")
     return parser
 
 
+def _flag_type(default: object) -> type:
+    """How argparse reads a setting; a choice stays text, which `read_section` refuses with the valid ones."""
+    return int if default is None else str if isinstance(default, str) else type(default)
+
+
 def _config(options: argparse.Namespace) -> RouterConfig:
-    config = RouterConfig(**{field.name: getattr(options, field.name) for field in fields(RouterConfig)})
+    config = read_section(RouterConfig, {field.name: getattr(options, field.name) for field in fields(RouterConfig)}, "")
     config.validate()
     for address in options.worker:
         host, _, port = address.rpartition(":")

@@ -3,7 +3,7 @@
 Must not do I/O. Raises InvalidRequestError naming the body key or header. Headers that count:
 
 x-request-id           the answer's id (up to 124 printable ASCII characters, else one is made); the id that workers and receipts have
-                       begins with its first 115, then a suffix of its own, then -0, -1, ... where there are several prompts
+                       begins with its first 112, then a suffix of its own, then -0, -1, ... where there are several prompts
 x-request-timeout-ms   the deadline of the whole request, from its arrival
 x-slo-ttft-ms, x-slo-tpot-ms   objectives
 x-session-id           requests of one session prefer one replica
@@ -19,7 +19,7 @@ from typing import cast
 import msgspec
 
 from router.openai_body import Body, ChatBody, CompletionBody, Message, StructuredOutputs, read_body
-from tandem.domain import MAX_REQUEST_ID_CHARS, Slo, StructuredKind, StructuredOutput
+from tandem.domain import MAX_CHOICES, MAX_REQUEST_ID_CHARS, Slo, StructuredKind, StructuredOutput
 from tandem.errors import InvalidRequestError
 from tandem.generate_request import GenerateOptions, Prompt, check_messages, prepare_request
 from tandem.v1 import inference_pb2
@@ -27,7 +27,8 @@ from tandem.v1 import inference_pb2
 MAX_PROMPTS = 128  # each is a request of its own
 _PROMPT_NUMBER_CHARS = len(f"-{MAX_PROMPTS - 1}")
 _SUFFIX_CHARS = 9
-_MAX_OWN_CHARS = MAX_REQUEST_ID_CHARS - _PROMPT_NUMBER_CHARS - _SUFFIX_CHARS
+_CHOICE_NUMBER_CHARS = len(f"#{MAX_CHOICES - 1}")  # choices.py adds it
+_MAX_OWN_CHARS = MAX_REQUEST_ID_CHARS - _PROMPT_NUMBER_CHARS - _SUFFIX_CHARS - _CHOICE_NUMBER_CHARS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

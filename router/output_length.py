@@ -1,4 +1,4 @@
-"""How many output tokens a request will have, by what was seen of its session, its tenant's prompts of that length, its tenant, and all.
+"""How many output tokens a request will have, by what was seen of its session, its tenant's prompts of that length, its tenant, its model.
 
 Must not know prompts' contents, time or placement. Lengths of requests that were cancelled or failed are not to be learnt.
 """
@@ -23,6 +23,7 @@ class OutputLengthConfig:
     max_sessions: int = 4096  # some 1.5 KB each; beyond, the one used longest ago counts as new
     max_bins: int = 2048  # of (model, tenant, prompt length)
     max_tenants: int = 512  # of (model, tenant)
+    max_models: int = 256
     buckets: int = 64  # 20 % wide above 10 tokens
     max_output_tokens: int = 131_072  # longer ones count as this
     decay: float = 0.999  # about the last 1,000 requests of a key: some minutes of one tenant's traffic
@@ -32,7 +33,7 @@ class OutputLengthConfig:
 
     def validate(self) -> None:
         """Raises ConfigError naming the setting."""
-        for name in ("max_sessions", "max_bins", "max_tenants", "first_guess_tokens"):
+        for name in ("max_sessions", "max_bins", "max_tenants", "max_models", "first_guess_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.buckets < 8 or self.max_output_tokens <= self.first_guess_tokens:
@@ -68,7 +69,7 @@ class OutputLengths:
         self._sessions: Lru[tuple[str, str, str], LogHistogram] = Lru(config.max_sessions, self._histogram)
         self._bins: Lru[tuple[str, str, int], LogHistogram] = Lru(config.max_bins, self._histogram)
         self._tenants: Lru[tuple[str, str], LogHistogram] = Lru(config.max_tenants, self._histogram)
-        self._all = self._histogram()
+        self._models: Lru[str, LogHistogram] = Lru(config.max_models, self._histogram)
         self._guess = self._histogram()
         self._guess.observe(config.first_guess_tokens)
         self._hint_ratios = RollingQuantile(200)
@@ -77,7 +78,7 @@ class OutputLengths:
     @property
     def keys(self) -> int:
         """Histograms held; bounded by the config."""
-        return len(self._sessions) + len(self._bins) + len(self._tenants)
+        return len(self._sessions) + len(self._bins) + len(self._tenants) + len(self._models)
 
     def estimate(
         self, key: LengthKey, *, produced_tokens: int = 0, max_tokens: int | None = None, expected_tokens: int | None = None
@@ -112,7 +113,7 @@ class OutputLengths:
             self._sessions.obtain((key.model, key.tenant, key.session_id)).observe(length)
         self._bins.obtain((key.model, key.tenant, prompt_bin(key.prompt_tokens))).observe(length)
         self._tenants.obtain((key.model, key.tenant)).observe(length)
-        self._all.observe(length)
+        self._models.obtain(key.model).observe(length)
 
     def _known(self, key: LengthKey) -> Distribution:
         """The mixture of all levels, finest first; each takes its share of what the finer ones leave."""
@@ -120,7 +121,7 @@ class OutputLengths:
             self._sessions.get((key.model, key.tenant, key.session_id)) if key.session_id else None,
             self._bins.get((key.model, key.tenant, prompt_bin(key.prompt_tokens))),
             self._tenants.get((key.model, key.tenant)),
-            self._all,
+            self._models.get(key.model),
         )
         parts: list[tuple[LogHistogram, float]] = []
         left = 1.0

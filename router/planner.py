@@ -5,6 +5,8 @@ Must not change what it reads, but for what a policy remembers: fleet, ledger, l
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import inf
 from random import Random
 
 from router.backlog import Backlog
@@ -14,9 +16,10 @@ from router.fleet import Fleet
 from router.instructions import ReplicaStatus
 from router.ledger import Ledger, ReplicaLoad
 from router.line import Line, Shares
+from router.objectives import Objectives
 from router.output_length import OutputEstimate, OutputLengths
 from router.placement import NO_DECODE_WORKER, NO_PREFILL_WORKER, QUICKER, SHORT_PROMPT, Assignment, Considered, Placement
-from router.policies import DEFAULT_POLICY, POLICIES, PolicyParameters, PolicyState, PrefillJob, PrefillView
+from router.policies import DEFAULT_POLICY, PEER_POLICIES, PolicyParameters, PolicyState, PrefillJob, PrefillView
 from router.predict import EngineWork, LoadPredictor
 from router.prefix_index import PrefixIndex
 from router.shortlist import MAX_SCANNED, Shortlist
@@ -44,6 +47,7 @@ class Planner:
         lengths: OutputLengths,
         rng: Random,
         parameters: PolicyParameters,
+        objectives: Objectives,
     ) -> None:
         self._config = config
         self._fleet = fleet
@@ -53,6 +57,7 @@ class Planner:
         self._prefixes = prefixes
         self._predictor = predictor
         self._lengths = lengths
+        self._objectives = objectives
         self._estimator = Estimator(config, ledger=ledger, backlog=backlog, lines=lines, shares=shares, predictor=predictor)
         self._policy_state = PolicyState(rng=rng, parameters=parameters)
         self._shortlist = Shortlist(fleet, ledger, backlog, lines, rng, on_gone=self._estimator.forget)
@@ -130,8 +135,8 @@ class Planner:
 
     # The decode worker.
 
-    def try_place(self, tracked: Tracked, assignment: Assignment, now_s: float) -> Placement | None:
-        """Where the request runs from now on; None where no decode worker has room for it."""
+    def try_place(self, tracked: Tracked, assignment: Assignment, now_s: float, *, closed: ReplicaId | None = None) -> Placement | None:
+        """Where the request runs from now on; None where no decode worker has room for it. None starts on `closed`."""
         output = self.output(tracked)
         _, leases = self._usable(tracked, now_s)
         if assignment.prefill and not leases:  # the last one has gone since
@@ -139,14 +144,23 @@ class Planner:
         if not assignment.prefill:
             decode = assignment.worker
             load = self._ledger.view(decode.replica_id)
-            if not tracked.has_output and not self._estimator.has_room(decode, load, tracked.total_tokens, output):
+            has_room = decode.replica_id != closed and self._estimator.has_room(decode, load, tracked.total_tokens, output)
+            if not tracked.has_output and not has_room:
                 return None
         else:
-            found = self._decode_worker(tracked, leases, output)
+            found = self._decode_worker(tracked, leases, output, assignment.worker, closed)
             if found is None:
                 return None
             decode = found
         return self._placement(tracked, assignment, decode, output, now_s)
+
+    def roomiest(self, tracked: Tracked, now_s: float) -> Lease | None:
+        """The decode worker with most free KV, room or not; for a prompt that one worker serves, that worker."""
+        if tracked.assignment is not None and not tracked.assignment.prefill:
+            return tracked.assignment.worker
+        _, leases = self._usable(tracked, now_s)
+        free = ((kv_room_tokens(lease) - self._ledger.view(lease.replica_id).kv_tokens, lease) for lease in leases)
+        return max(free, key=lambda one: one[0], default=(0, None))[1]
 
     def output(self, tracked: Tracked) -> OutputEstimate:
         """Output tokens that the request is expected to have from here."""
@@ -164,17 +178,26 @@ class Planner:
         tracked.output = made_for, estimate
         return estimate
 
-    def _decode_worker(self, tracked: Tracked, leases: Sequence[Lease], output: OutputEstimate) -> Lease | None:
-        """The least predicted seconds per token among those with room; ties go to fewer requests, then to the lower id."""
+    def _decode_worker(
+        self, tracked: Tracked, leases: Sequence[Lease], output: OutputEstimate, worker: Lease, closed: ReplicaId | None
+    ) -> Lease | None:
+        """The least predicted seconds from the first token of `worker` to the last, hand-off included, among those with room.
+
+        Those come last whose step would be longer than the TPOT objective of the request, or of one that decodes there. Ties go to
+        fewer requests, then to the lower id.
+        """
         leases = self._shortlist.for_decode(leases)
         estimator, rates, total_tokens = self._estimator, Rates(self._predictor), tracked.total_tokens
+        gaps_s, steps = self._handoff_gaps_s(tracked, worker), max(1.0, output.mean_tokens)
+        own_limit_s, limit_s = tracked.request.slo.tpot_s or inf, self._objectives.tpot_s
 
-        def cost(choice: tuple[Lease, ReplicaLoad]) -> tuple[float, int, ReplicaId]:
+        def cost(choice: tuple[Lease, ReplicaLoad]) -> tuple[bool, float, int, ReplicaId]:
             lease, load = choice
             tpot_s = estimator.tpot_s(rates, lease, load, total_tokens, output)
-            return tpot_s, load.running_requests, lease.replica_id
+            is_too_slow = tpot_s > min(own_limit_s, limit_s(lease.replica_id))
+            return is_too_slow, tpot_s * steps + gaps_s[lease.node == worker.node], load.running_requests, lease.replica_id
 
-        choices = ((lease, self._ledger.view(lease.replica_id)) for lease in leases)
+        choices = ((lease, self._ledger.view(lease.replica_id)) for lease in leases if lease.replica_id != closed)
         roomy = (choice for choice in choices if estimator.has_room(*choice, total_tokens, output))
         best = min(roomy, key=cost, default=None)
         return None if best is None else best[0]
@@ -212,7 +235,7 @@ class Planner:
             prefill_s=prefill,
             tpot=tpot,
             handoff_gap=gap,
-            e2e=predictor.e2e(model, ttft=assignment.ttft, tpot=tpot, output=output, handoff_gap=gap),
+            e2e=predictor.e2e(model, ttft=(tracked.first_assignment or assignment).ttft, tpot=tpot, output=output, handoff_gap=gap),
             output=output,
         )
 
@@ -255,7 +278,7 @@ class Planner:
             policy, leases = _FALLBACK_POLICY, self._shortlist.for_prompt(leases, quote.cached)
         considered = [self._estimator.consider(quote, lease, is_one_worker=False) for lease in leases]
         job = self._job(quote.tracked, leases[0], quote.now_s)
-        ranking = POLICIES[policy](job, [self._view(one) for one in considered], self._policy_state)
+        ranking = PEER_POLICIES[policy](job, [self._view(one) for one in considered], self._policy_state)
         return [considered[index] for index in ranking], policy
 
     def _one_worker_cost(self, quote: Quote, one: Considered, output: OutputEstimate) -> tuple[bool, float, int]:
@@ -270,10 +293,7 @@ class Planner:
         tracked, max_tokens = quote.tracked, self._config.one_worker_max_tokens
         if max_tokens is not None and quote.total_tokens - chosen.cached_tokens > max_tokens:
             return None
-        blocks, node = self._blocks(tracked, chosen.lease), chosen.lease.node
-        gaps_s = [
-            self._predictor.handoff_gap_s(tracked.request.model, blocks=blocks, is_same_node=is_same_node) for is_same_node in (False, True)
-        ]
+        gaps_s, node = self._handoff_gaps_s(tracked, chosen.lease), chosen.lease.node
         few, limit_s = self._shortlist.for_prompt(decode, quote.cached), chosen.total_s + max(gaps_s)
         leases = self._estimator.those_that_may_take_less(quote, few, limit_s)
         considered = [self._estimator.consider(quote, lease, is_one_worker=True) for lease in leases]
@@ -340,6 +360,12 @@ class Planner:
             kv_tokens=load.kv_tokens,
             kv_room_tokens=kv_room_tokens(one.lease),
         )
+
+    def _handoff_gaps_s(self, tracked: Tracked, worker: Lease) -> tuple[float, float]:
+        """Of its hand-off from that worker: to another node, and to the same."""
+        model, blocks = tracked.request.model, self._blocks(tracked, worker)
+        gap_s = partial(self._predictor.handoff_gap_s, model, blocks=blocks)
+        return gap_s(is_same_node=False), gap_s(is_same_node=True)
 
     def _blocks(self, tracked: Tracked, lease: Lease) -> int:
         return tracked.total_tokens // lease.engine.block_size_tokens

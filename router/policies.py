@@ -1,4 +1,4 @@
-"""How prefill candidates are ranked: the default, and those of other routers to compare with. Plain views in, a ranking out.
+"""How other routers rank prefill candidates, to compare with. Plain views in, a ranking out.
 
 Must not know the core: whoever calls books the work, and asks anew for each request. Parameters of others are the best found on the
 grid of `tandem/sim/grid.py`, which says how they were found.
@@ -13,9 +13,7 @@ from zlib import crc32
 
 from tandem.domain import ReplicaId
 
-DEFAULT_POLICY = "predicted_ttft"
-# Above so many candidates only a few are looked at; the loss against all of them is not measurable (reference/algorithms.md, 2.12).
-MAX_SCANNED = 64
+DEFAULT_POLICY = "predicted_ttft"  # the planner's own: the least predicted seconds to the first token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +22,6 @@ class PrefillJob:
 
     prompt_tokens: int
     prefill_s: Callable[[int, int], float]
-    fetch_s: Callable[[int], float] | None = None  # predicted seconds to bring so many tokens from the store; None: there is none
     session: str = ""
     block_size_tokens: int = 1
     now_s: float = 0.0
@@ -35,7 +32,6 @@ class PrefillView(NamedTuple):
 
     replica_id: ReplicaId
     cached_tokens: int = 0  # believed leading tokens in its own cache
-    store_tokens: int = 0  # believed leading tokens in the store
     ahead_s: float = 0.0
     ahead_tokens: int = 0
     running_requests: int = 0
@@ -218,32 +214,7 @@ def preble_e2(job: PrefillJob, views: Sequence[PrefillView], state: PolicyState)
     return ranking
 
 
-def predicted_ttft(job: PrefillJob, views: Sequence[PrefillView], state: PolicyState) -> list[int]:
-    """The least predicted seconds to the first token: work ahead, then transfer or recompute, then what is not cached (Mooncake, FAST'25).
-
-    Blocks from the store come while the work ahead is done, so that wait is the longer of the two. Above 64 candidates: two at random,
-    the best holder and the least loaded (power of two choices, with the two that are seldom drawn).
-    """
-    indices: Iterable[int] = range(len(views))
-    if len(views) > MAX_SCANNED:
-        holder = max(indices, key=lambda index: views[index].cached_tokens)
-        idlest = min(indices, key=lambda index: views[index].ahead_s)
-        indices = {*state.rng.sample(range(len(views)), 2), holder, idlest}
-    return _ranked(views, indices, lambda view: ttft_s(job, view))
-
-
-def ttft_s(job: PrefillJob, view: PrefillView) -> float:
-    """Predicted seconds to the first token there: recompute, or fetch from the store where that is quicker."""
-    recompute_s = view.ahead_s + _own_s(job, view)
-    stored = min(view.store_tokens, job.prompt_tokens - 1)
-    if job.fetch_s is None or stored <= view.cached_tokens:
-        return recompute_s
-    fetched_s = max(view.ahead_s, job.fetch_s(stored - view.cached_tokens)) + job.prefill_s(job.prompt_tokens - stored, stored)
-    return min(recompute_s, fetched_s)
-
-
-POLICIES: dict[str, Policy] = {
-    "predicted_ttft": predicted_ttft,
+PEER_POLICIES: dict[str, Policy] = {
     "lmetric": lmetric,
     "join_shortest_work": join_shortest_work,
     "least_requests": least_requests,
@@ -256,6 +227,7 @@ POLICIES: dict[str, Policy] = {
     "llmd_weighted": llmd_weighted,
     "preble_e2": preble_e2,
 }
+POLICIES = (DEFAULT_POLICY, *PEER_POLICIES)
 
 
 def _uncached(job: PrefillJob, view: PrefillView) -> int:

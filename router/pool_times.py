@@ -46,6 +46,7 @@ class PoolReport:
 
     pool: PoolKey
     cost: StepCost
+    filled: StepCost  # the same with what its own steps do not tell taken from its siblings now
     error: float  # mean(|predicted - actual| / actual) of the last steps
     p90_ratio: float
     observations: int
@@ -127,11 +128,12 @@ class PoolTimes:
         return tuple(one for _, times in sorted(self._pools.items(), key=lambda item: item[0]) for one in times.stragglers)
 
     def reports(self) -> tuple[PoolReport, ...]:
-        """Every pool that has sent steps, by key."""
+        """Every pool that has sent steps, by key. Changes nothing that decisions read, so that whoever looks is no part of a replay."""
         return tuple(
             PoolReport(
                 pool=pool,
                 cost=times.cost,
+                filled=times.cost if times.has_all else self._fill(pool, times),
                 error=times.error,
                 p90_ratio=times.p90_ratio,
                 observations=times.observations,

@@ -5,7 +5,7 @@ hash (`tandem/short_hash.py`).
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,11 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return self._sets.held_blocks
+
+    @property
+    def replicas(self) -> Iterable[Holder]:
+        """Replicas that are known as holders."""
+        return self._replica_at.values()
 
     @property
     def num_bytes(self) -> int:

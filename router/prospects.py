@@ -11,8 +11,8 @@ from router.fleet import Fleet
 from router.placement import Assignment
 from router.predict import LoadPredictor
 from router.tracked import Tracked
-from tandem.domain import ModelId
-from tandem.errors import OverloadedError, Reason
+from tandem.domain import ModelId, RequestId
+from tandem.errors import OverloadedError, Reason, UnavailableError
 
 _SHORTEST_RETRY_S = 0.1
 
@@ -42,6 +42,19 @@ class Prospects:
         _, work_s = self._admission.queued_for(model)
         queue = self._predictor.queue(model, ahead_s=work_s, replicas=max(1, self._fleet.ready_count(model)), now_s=now_s)
         return max(_SHORTEST_RETRY_S, queue.mean_s)
+
+    def in_vain(self, model: ModelId, now_s: float) -> list[tuple[RequestId, UnavailableError]]:
+        """Who waits for a model that no replica comes for, or has waited for one too long, and what to tell them."""
+        error, until_s = self._fleet.refusal(model), now_s
+        unserved_s = self._fleet.unserved_s(model, now_s)
+        if error is None:
+            wait_s = self.start_wait_s(model)
+            if unserved_s is None or unserved_s < wait_s:
+                return []
+            message = f"no replica of model {model!r} has been ready for {unserved_s:.1f} s"
+            error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=self._config.no_replica_wait_s)
+            until_s = now_s - wait_s
+        return [(request_id, error) for request_id in self._admission.waiting_since(model, until_s)]
 
     def check(self, tracked: Tracked, assignment: Assignment, now_s: float) -> None:
         """Raises OverloadedError where waiting is in vain, by predictions that are trusted.

@@ -90,13 +90,16 @@ def complete_receipt(
 
 
 def learn(predictor: LoadPredictor, lengths: OutputLengths, tracked: Tracked, receipt: Receipt, now_s: float) -> None:
-    """Teaches the predictor from a request that ran undisturbed, in one attempt. A hand-off's gap is no decode step."""
+    """Teaches the predictor from a request that ran undisturbed, in one attempt. A hand-off's gap is no decode step.
+
+    What was not predicted at arrival says nothing of waits: its worker came later, or its receipt counts from another's arrival.
+    """
     placement, first = tracked.placement, tracked.first_assignment
     assert placement is not None
     assert first is not None
     request, model, is_guess = tracked.request, tracked.request.model, placement.assignment.is_guess
     produced = receipt.output_tokens - len(request.resume_token_ids)
-    if receipt.ttft_s > 0.0:
+    if receipt.ttft_s > 0.0 and tracked.is_predicted:
         predictor.observe(PredictionKind.QUEUE, model, first.queue, receipt.queue_s, now_s, is_guess=first.is_guess)
         predictor.observe(PredictionKind.TTFT, model, first.ttft, receipt.ttft_s, now_s, is_guess=first.is_guess)
         predictor.observe_dispatch(model, receipt.dispatch_s)
@@ -106,24 +109,26 @@ def learn(predictor: LoadPredictor, lengths: OutputLengths, tracked: Tracked, re
         blocks = len(tracked.block_hashes)
         predictor.observe(PredictionKind.HANDOFF_GAP, model, placement.handoff_gap, receipt.handoff_gap_s, now_s)
         predictor.observe_handoff_gap(model, blocks=blocks, is_same_node=placement.is_same_node, gap_s=receipt.handoff_gap_s)
-        _learn_transfer(predictor, placement, receipt)
+        _learn_transfer(predictor, placement, receipt, now_s)
     if request.sampling.n > 1:
         return
     steps = produced - 1 - receipt.handed_off
     decoding_s = receipt.e2e_s - receipt.ttft_s - receipt.handoff_gap_s
     if steps > 0 and decoding_s > 0.0:
         predictor.observe(PredictionKind.TPOT, model, placement.tpot, decoding_s / steps, now_s)
-    if receipt.e2e_s > 0.0:
+    if receipt.e2e_s > 0.0 and tracked.is_predicted:
         predictor.observe(PredictionKind.E2E, model, placement.e2e, receipt.e2e_s, now_s, is_guess=is_guess)
     predictor.observe_output(model, placement.output, produced, now_s)
     lengths.observe(tracked.length_key, produced, expected_tokens=request.expected_output_tokens)
 
 
-def _learn_transfer(predictor: LoadPredictor, placement: Placement, receipt: Receipt) -> None:
+def _learn_transfer(predictor: LoadPredictor, placement: Placement, receipt: Receipt, now_s: float) -> None:
     """What a hand-off waits for is the last chunk's blocks: those of chunks before it came while the prompt was computed."""
     engine = placement.worker.engine
     chunk_bytes = -(-engine.max_num_batched_tokens // engine.block_size_tokens) * engine.kv_block_bytes
     size_bytes = min(receipt.kv_bytes_shipped, chunk_bytes)
     if size_bytes and receipt.transfer_s > 0.0:
         model = placement.worker.model
+        predicted = predictor.transfer(model, size_bytes=size_bytes, is_same_node=placement.is_same_node)
+        predictor.observe(PredictionKind.TRANSFER, model, predicted, receipt.transfer_s, now_s)
         predictor.observe_transfer(model, size_bytes=size_bytes, is_same_node=placement.is_same_node, transfer_s=receipt.transfer_s)

@@ -10,13 +10,14 @@ import grpc
 
 from router.access import Access
 from router.frontend import Frontend
+from router.openai_response import CHAT, COMPLETION
 from router.plan import planned
 from router.register_view import RegisterView
 from router.scores import Scores
 from router.shell import RouterShell
 from router.workers import Workers
 from tandem.convert import lease_to_pb, load_to_pb, receipt_to_pb, role_from_pb, role_to_pb
-from tandem.domain import Lease, ModelId, PlannedWorker, ReplicaId, ReplicaTarget, Request, RequestId, Role
+from tandem.domain import Lease, ModelId, PlannedWorker, ReplicaId, ReplicaTarget, Request, Role
 from tandem.errors import CancelledRequestError, InvalidRequestError, NotBuiltError, NotFoundError, PreconditionError, Reason
 from tandem.explanation import Candidate, Explanation, explanation_to_pb
 from tandem.membership import MemberKind
@@ -105,12 +106,21 @@ class RouterService:
         raise NotBuiltError("Router.ReportOutcome")
 
     async def explain(self, message: router_pb2.ExplainRequest, call: ServerCall) -> router_pb2.ExplainResponse:
-        """Why a request of late went where it went. Raises NotFoundError where this router does not remember it."""
-        decision = self._shell.core.decisions.get(RequestId(message.request_id))
-        if decision is None:
+        """Why a request of late went where it went, by any id that its caller saw; the answer has the router's own.
+
+        Raises NotFoundError where this router does not remember it.
+        """
+        decisions, seen_id = self._shell.core.decisions, message.request_id
+        bare_id = seen_id.removeprefix(CHAT.id_prefix).removeprefix(COMPLETION.id_prefix)  # an HTTP answer's "id"
+        remembered = decisions.find(seen_id) or decisions.find(bare_id)
+        if remembered is None:
             raise NotFoundError(
-                f"this router remembers no request {message.request_id!r}", reason=Reason.UNKNOWN_REQUEST, field="request_id"
+                f"no request {seen_id[:200]!r} is among the last {decisions.max_requests} that this router dispatched;"
+                " one that still waits, or was refused, is not remembered",
+                reason=Reason.UNKNOWN_REQUEST,
+                field="request_id",
             )
+        request_id, decision = remembered
         assignment = decision.placement.assignment
         candidates = tuple(
             Candidate(
@@ -121,7 +131,7 @@ class RouterService:
             )
             for one in assignment.considered
         )
-        found = Explanation(request_id=message.request_id, plan=decision.plan, candidates=candidates, receipt=decision.receipt)
+        found = Explanation(request_id=request_id, plan=decision.plan, candidates=candidates, receipt=decision.receipt)
         return explanation_to_pb(found)
 
 
@@ -140,12 +150,14 @@ class ControlService:
     async def get_status(self, message: control_pb2.GetStatusRequest, call: ServerCall) -> control_pb2.GetStatusResponse:
         """Every replica this router knows, by id, and its own queue."""
         core, config = self._shell.core, self._shell.config
+        stragglers = {one.replica_id for one in core.predictor.pools.stragglers()}
         replicas = [
             control_pb2.ReplicaStatus(
                 lease=lease_to_pb(status.lease),
                 load=load_to_pb(status.load),
                 is_reachable=True,
                 predicted_work_s=status.predicted_work_s,
+                is_straggler=status.lease.replica_id in stragglers,
             )
             for status in core.replicas(self._shell.clock())
         ]

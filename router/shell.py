@@ -64,6 +64,7 @@ class RouterShell:
         self._held: Counter[ModelId] = Counter()
         self._turned_away_s: dict[ModelId, float] = {}  # when a request was last refused because the model's replicas do not start
         self._requests_total: Counter[ModelId] = Counter()
+        self._stragglers: set[str] = set()
         self._models_changed = asyncio.Event()
         self.on_copy: Callable[[CopyPrefix], None] = lambda copy: self.prefix_copied(copy, "failed")  # who carries it out
         self.on_demand: Callable[[], None] = lambda: None  # called where a request waits for a replica that is still to be started
@@ -293,6 +294,16 @@ class RouterShell:
         roles = [lease.role for lease in self.core.fleet.leases]
         for role in Role:
             self.metrics.replicas.labels(role).set(roles.count(role))
+        self._name_stragglers()
+
+    def _name_stragglers(self) -> None:
+        """Logs who has become one since the last look, and who is none any more."""
+        slowdowns = {one.replica_id: one.slowdown for one in self.core.predictor.pools.stragglers()}
+        for replica_id in sorted(slowdowns.keys() - self._stragglers):
+            logger.warning("straggler_named replica_id=%s slowdown=%.2f", replica_id, slowdowns[replica_id])
+        for replica_id in sorted(self._stragglers - slowdowns.keys()):
+            logger.info("straggler_cleared replica_id=%s", replica_id)
+        self._stragglers = set(slowdowns)
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:

@@ -16,7 +16,7 @@ from router.load_order import LoadOrder
 from router.prefix_index import Match
 from tandem.domain import Lease, ModelId, ReplicaId, Role
 
-MAX_SCANNED = 64
+MAX_SCANNED = 64  # above it the loss against looking at all is not measurable (reference/algorithms.md, 2.12)
 _DRAWN = 2
 _MAX_UNSORTED = 4096
 

@@ -28,7 +28,10 @@ class Tracked:
     first_token_due_s: float  # to meet its TTFT objective
     slots_ahead_s: float = 0.0  # work that waits for a slot before it
     assignment: Assignment | None = None  # while it waits: in whose line
-    first_assignment: Assignment | None = None  # what was predicted at its arrival
+    first_assignment: Assignment | None = None  # the first there was
+    rethink_s: float = 0.0  # from when on another worker is looked for while it waits
+    roomless_s: float | None = None  # since when its turn has come and no decode worker had room
+    is_predicted: bool = False  # it was made at the arrival that the receipt counts from
     charged_tokens: int = 0  # of its tenant, for an attempt without a first token so far
     attempts_before: int = 0  # of earlier requests of the same id, whose stamps may still come
     attempt: int = 0  # 0: none yet

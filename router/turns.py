@@ -16,6 +16,9 @@ from router.tracked import Tracked
 from tandem.domain import ModelId, ReplicaId, RequestId
 
 _BEGUN_PRIORITY = -(2**31)  # of requests that go on after tokens: their clients are reading
+_RETHINK_S = 1.0  # beyond the wait that was predicted: then it may be quicker elsewhere by now
+_RETHOUGHT_AT_ONCE = 8  # in a tick: each is a decision
+_RESERVE_AFTER_S = 5.0  # for so long smaller ones may pass one that finds no room
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,9 @@ class Turns:
         self._shares = shares
         self._requests = requests
         self._stuck: dict[ReplicaId, None] = {}  # lines whose first found no slot, or no decode worker with room
+        self._reserved: dict[ModelId, tuple[RequestId, ReplicaId]] = {}  # a decode worker that only that request may join
 
-    def line_up(self, tracked: Tracked, assignment: Assignment | None) -> float:
+    def line_up(self, tracked: Tracked, assignment: Assignment | None, now_s: float) -> float:
         """The request waits from now on, in the line of the worker chosen for it or without one.
 
         What has begun goes before all else. Answers the seconds of its prefill.
@@ -49,6 +53,7 @@ class Turns:
         tracked.assignment = assignment
         if tracked.first_assignment is None:
             tracked.first_assignment = assignment
+        tracked.rethink_s = now_s + _RETHINK_S + (0.0 if assignment is None else assignment.ahead_s)
         own_s = self._planner.alone_s(tracked) if assignment is None else assignment.own_s
         work_s = own_s if assignment is None else assignment.work_s
         latest_start_s = tracked.first_token_due_s - own_s
@@ -70,6 +75,7 @@ class Turns:
     def leave(self, tracked: Tracked) -> None:
         """The request waits no more; nothing where it did not."""
         self._lines.discard(tracked.request.request_id)
+        self._give_back(tracked)
         tracked.assignment = None
 
     def scatter(self, replica_id: ReplicaId, now_s: float) -> None:
@@ -88,6 +94,17 @@ class Turns:
             if tracked.assignment is not None:
                 found.append(tracked.assignment.worker.replica_id)
         return found
+
+    def rethink(self, now_s: float) -> None:
+        """Looks for better workers for those next in their lines that should have gone by now: others are idle, perhaps, or have room."""
+        firsts = []
+        for replica_id, line in self._lines.items():
+            lease = self._fleet.get(replica_id)
+            first = None if lease is None else line.first(self._planner.starts_s(lease, now_s), self._shares)
+            if first is not None and self._requests[first.request_id].rethink_s <= now_s:
+                firsts.append((first.priority, first.latest_start_s, first.request_id))
+        for _, _, request_id in sorted(firsts)[:_RETHOUGHT_AT_ONCE]:
+            self._move(self._requests[request_id], now_s)
 
     def lines_due(self, touched: Iterable[ReplicaId], now_s: float) -> list[ReplicaId]:
         """Lines to look at: of workers whose work has changed, and those that are stuck; by class and latest start of their first."""
@@ -122,12 +139,34 @@ class Turns:
         is_late = first.latest_start_s < starts_s and tracked.arrived_s < now_s and not tracked.has_output
         if is_late and tracked.request.sheddable and self._planner.is_trusted(lease.model):
             return Turn(tracked, None)
-        placement = self._planner.try_place(tracked, tracked.assignment, now_s)
+        placement = self._planner.try_place(tracked, tracked.assignment, now_s, closed=self._closed_to(tracked))
         if placement is None:
             self._stuck[replica_id] = None
+            self._reserve(tracked, now_s)
             return None
         return Turn(tracked, placement)
 
+    def _reserve(self, tracked: Tracked, now_s: float) -> None:
+        """It found no room: after a while no other may join the decode worker that has most, so that none starves."""
+        model = tracked.request.model
+        if tracked.roomless_s is None:
+            tracked.roomless_s = now_s
+        elif now_s - tracked.roomless_s >= _RESERVE_AFTER_S and model not in self._reserved:
+            worker = self._planner.roomiest(tracked, now_s)
+            if worker is not None:
+                self._reserved[model] = tracked.request.request_id, worker.replica_id
+
+    def _closed_to(self, tracked: Tracked) -> ReplicaId | None:
+        """The decode worker that is kept for another."""
+        request_id, replica_id = self._reserved.get(tracked.request.model, (None, None))
+        return None if request_id == tracked.request.request_id else replica_id
+
+    def _give_back(self, tracked: Tracked) -> None:
+        model, request_id = tracked.request.model, tracked.request.request_id
+        if self._reserved.get(model, (None, None))[0] == request_id:
+            del self._reserved[model]
+
     def _move(self, tracked: Tracked, now_s: float) -> None:
         self._lines.discard(tracked.request.request_id)
-        self.line_up(tracked, self._planner.try_assign(tracked, now_s))
+        self._give_back(tracked)  # a worker that is gone, perhaps
+        self.line_up(tracked, self._planner.try_assign(tracked, now_s), now_s)

@@ -122,14 +122,14 @@ def pools_caption(status: ClusterStatus) -> str:
 
 def _status_row(replica: ReplicaStatus) -> tuple[str, ...]:
     lease, load = replica.lease, replica.load
-    state = lease.state.value if replica.is_reachable else f"{lease.state.value}, unreachable"
+    words = (lease.state.value, "" if replica.is_reachable else "unreachable", "straggler" if replica.is_straggler else "")
     counts = (str(load.running_requests), str(load.waiting_requests))
     return (
         lease.replica_id,
         lease.role.value,
         lease.model,
         lease.engine.engine,
-        state,
+        ", ".join(filter(None, words)),
         *counts,
         f"{load.kv_used_fraction:.1%}",
         f"{replica.predicted_work_s:.2f} s",

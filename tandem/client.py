@@ -177,7 +177,10 @@ class AsyncClient:
         return status_from_pb(await self._ask(GET_STATUS, request, answer, timeout_s))
 
     async def explain(self, request_id: str, *, timeout_s: float | None = QUERY_TIMEOUT_S) -> Explanation:
-        """Why a request of late went where it went. Raises NotFoundError where the router asked does not remember it."""
+        """Why a request of late went where it went, by any id that its caller saw.
+
+        Raises NotFoundError where the router asked, one of them, does not remember it.
+        """
         request, answer = router_pb2.ExplainRequest(request_id=request_id), router_pb2.ExplainResponse
         return explanation_from_pb(await self._ask(EXPLAIN, request, answer, timeout_s))
 

@@ -24,6 +24,7 @@ from tandem.tenant_config import read_tenants, tenants_to_tables
 MAX_MODELS = 64
 VLLM, SIMULATED = ENGINES = ("vllm", "simulated")
 _CPUS = {VLLM: 0.25, SIMULATED: 0.02}  # on CPU engines share cores, and Ray must not refuse the fourth on two
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # vLLM's
 _CLUSTER = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 
@@ -106,6 +107,8 @@ class ModelConfig:
     def _validate_engine(self, where: str) -> None:
         if self.engine not in ENGINES:
             raise ConfigError(f"{where}engine {self.engine!r} is not known; valid are {', '.join(ENGINES)}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"{where}dtype {self.dtype!r} is not known; valid are {', '.join(_DTYPES)}")
         if self.engine != SIMULATED and (self.step_profile or self.slowdowns):
             raise ConfigError(f"{where}step_profile and slowdowns are for engine = {SIMULATED!r}, and it is {self.engine!r}")
         read_section(StepProfile, self.step_profile, f"{where}step_profile.").validate(f"{where}step_profile.")
@@ -139,6 +142,12 @@ class ClusterConfig:
     tenants: tuple[Tenant, ...] = ()  # [tenants.NAME]; none: everybody is one tenant, and no key is asked for
     router: Mapping[str, object] = field(default_factory=dict)  # router.config.RouterConfig
     scaler: Mapping[str, object] = field(default_factory=dict)  # autoscaler.config.ScalerConfig
+    _path: Path | None = field(default=None, compare=False)  # for errors alone, so that it does not travel
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was read from."""
+        return self._path
 
     def validate(self) -> None:
         """Raises ConfigError naming the key."""
@@ -182,7 +191,9 @@ class ClusterConfig:
 
     def to_json(self) -> str:
         """For other processes; `cluster_config_from_json` reads it. Of tenants' keys it holds hashes."""
-        return json.dumps({**asdict(self), "tenants": tenants_to_tables(self.tenants)})
+        values = {**asdict(self), "tenants": tenants_to_tables(self.tenants)}
+        del values["_path"]
+        return json.dumps(values)
 
 
 def cluster_config_from_json(text: str) -> ClusterConfig:
@@ -204,7 +215,7 @@ def load_cluster_config(path: Path | None, overrides: Mapping[str, object], envi
     Keys of ModelConfig among the overrides are the first model's, and only where the file names no more than one.
     """
     environ = os.environ if environ is None else environ
-    config = ClusterConfig() if path is None else _cluster_from(read_toml(path), f"{path}: ", environ)
+    config = ClusterConfig() if path is None else replace(_cluster_from(read_toml(path), f"{path}: ", environ), _path=path)
     given = {**_from_environment(environ), **{key: value for key, value in overrides.items() if value is not None}}
     given["router"] = {**config.router, **given.get("router", {})}  # type: ignore[dict-item]
     cluster_keys = {item.name for item in fields(ClusterConfig)}

@@ -24,12 +24,16 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One replica as the router sees it; `predicted_work_s` is the work booked on it, in seconds."""
+    """One replica as the router sees it; `predicted_work_s` is the work booked on it, in seconds.
+
+    `is_straggler`: its engine steps have long been slower than its pool's.
+    """
 
     lease: Lease
     load: WorkerLoad
     is_reachable: bool
     predicted_work_s: float
+    is_straggler: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

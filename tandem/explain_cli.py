@@ -1,5 +1,6 @@
 """The command `tandem explain`. What it needs is imported inside it, so that help comes at once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,33 +11,50 @@ if TYPE_CHECKING:
 
     from tandem.explanation import Explanation
 
-_COLUMNS = ("cached_tokens", "ahead_s", "own_s", "others_s", "total_s")
+_COLUMNS = ("cached_tokens", "fetched_tokens", "ahead_s", "wait_s", "own_s", "others_s", "total_s")  # total_s: all other seconds
 
 
 def explain(
-    request_id: Annotated[str, typer.Argument(help="A request's id: x-request-id of an answer, or request_id of a receipt.")],
+    request_id: Annotated[str, typer.Argument(help="A request's id: x-request-id or id of an answer, or request_id of a receipt.")],
     endpoint: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Routers. Default: TANDEM_ENDPOINT, else the newest `tandem up` of this user.")
     ] = None,
-    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for the answer.")] = 10.0,
+    timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for each router's answer.")] = 10.0,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write one JSON object there.")] = None,
 ) -> None:
-    """Show why a request went where it went, what was predicted, and what it came to."""
+    """Show why a request went where it went, what was predicted, and what it came to.
+
+    Of several choices the first is shown, of several prompts the last; the id shown, with another number behind # or -, shows the others.
+    """
     import dataclasses
     import sys
 
     from rich.console import Console
 
     from tandem.cli_report import write_report
-    from tandem.sync_client import Client
+    from tandem.endpoint import resolve_endpoint
 
-    with Client(endpoint) as client:
-        found = client.explain(request_id, timeout_s=timeout_s)
+    found = _ask_each(resolve_endpoint(endpoint).split(","), request_id, timeout_s)
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
     console.print(candidates_table(found))
     console.print(outcome_table(found))
     if json is not None:
         write_report(json, {"schema": "tandem.explain/1", **dataclasses.asdict(found)})
+
+
+def _ask_each(routers: Sequence[str], request_id: str, timeout_s: float) -> "Explanation":
+    """The word of the first router that knows the request. Raises TandemError: NotFoundError only where all could be asked."""
+    from tandem.errors import NotFoundError, TandemError
+    from tandem.sync_client import Client
+
+    errors: list[TandemError] = []
+    for router in routers:
+        try:
+            with Client(router) as client:
+                return client.explain(request_id, timeout_s=timeout_s)
+        except TandemError as error:
+            errors.append(error)
+    raise min(errors, key=lambda error: isinstance(error, NotFoundError))
 
 
 def candidates_table(explanation: "Explanation") -> "Table":

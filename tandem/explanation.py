@@ -24,7 +24,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """Of one request's last attempt. Candidates best first; no receipt: it has not ended well, or not yet."""
+    """Of one request's last attempt. Candidates best first; no receipt: it has not ended well, or not yet.
+
+    `request_id` is the router's own: what was asked for, and what the router added to it.
+    """
 
     request_id: str
     plan: Plan

@@ -25,6 +25,7 @@ from tandem.model_memory import replica_memory_bytes
 from tandem.node_folder import SHM, shm_folder
 from tandem.ray_head import OBJECT_STORE_BYTES
 
+_GIVEN = ("router_id", "cluster")  # of a router's settings: `tandem up` gives each router its own
 _FREE_MEMORY_BYTES = 512 * MIB  # for Ray and everything beside the replicas
 _CONNECT_S = 5.0
 _CGROUPS = (  # of this process: limit and use; version 2, then 1
@@ -37,8 +38,7 @@ def check(config: ClusterConfig) -> None:
     """Raises ConfigError with what to change. Takes up to 5 s where a Ray cluster is named that does not answer."""
     config.validate()
     check_models(config)
-    read_section(ScalerConfig, config.scaler, "scaler.").validate()
-    read_section(RouterConfig, config.router, "router.").validate()
+    _check_sections(config)
     if any(model.engine == VLLM for model in config.models):
         require_vllm()
     if config.ray_address and (not config.redis_url or config.redis_url.startswith("unix")):
@@ -54,6 +54,18 @@ def check(config: ClusterConfig) -> None:
         _check_cpus(config)
         _check_memory(config)
         check_room(Path(config.store_dir) if config.store_dir else shm_folder("none"))
+
+
+def _check_sections(config: ClusterConfig) -> None:
+    """Keys and values of [scaler] and [router]; a router's value may be a flag's too."""
+    where = "" if config.path is None else f"{config.path}: "
+    scaler = read_section(ScalerConfig, config.scaler, f"{where}scaler.")
+    router = read_section(RouterConfig, config.router, f"{where}router.", hidden=_GIVEN)
+    for section, name, source in ((scaler, "scaler", where), (router, "router", where and f"{config.path} or a flag: ")):
+        try:
+            section.validate()
+        except ConfigError as error:
+            raise ConfigError(f"{source}{name}.{error.message}") from error
 
 
 def _check_ray(address: str) -> None:

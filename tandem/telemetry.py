@@ -47,7 +47,7 @@ class RouterMetrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of valid requests", "model")
         self.output_tokens = counter("output_tokens", "Output tokens sent to clients", "model")
         self.retries = counter("retries", "Attempts that failed and were continued elsewhere", "reason")
-        self.dropped_reports = counter("dropped_reports", "Reports of an older incarnation or out of order")
+        self.dropped_reports = counter("dropped_reports", "Reports of an older incarnation, out of order, from the future or impossible")
         self.http_responses = counter("http_responses", "Answers of the HTTP endpoint", "route", "status")
         self.task_failures = counter("task_failures", "Unexpected errors at a task's root", "task")
         self.unauthenticated = counter("unauthenticated", "Calls without the key of a tenant")

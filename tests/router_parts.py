@@ -11,6 +11,7 @@ from router.fleet import Fleet
 from router.interval import PredictionKind
 from router.ledger import Ledger
 from router.lines import Lines
+from router.objectives import Objectives
 from router.output_length import OutputLengths
 from router.placement import Assignment, Placement
 from router.planner import Planner
@@ -82,6 +83,7 @@ class RouterParts:
         self.prefixes = PrefixIndex(config.max_prefix_blocks)
         self.predictor = LoadPredictor()
         self.lengths = OutputLengths()
+        self.objectives = Objectives()
         self.requests: dict[RequestId, Tracked] = {}
         self.planner = Planner(
             config,
@@ -95,6 +97,7 @@ class RouterParts:
             lengths=self.lengths,
             rng=Random(seed),
             parameters=PolicyParameters(),
+            objectives=self.objectives,
         )
         for name in replicas:
             self.see(make_lease(name, Role(name.split("-")[0])))

@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 
 from tandem.client import AsyncClient
@@ -16,12 +17,17 @@ _TIMEOUT_S = 6.0
 _STEP_S = 40.0
 _OUTPUT_TOKENS = 4
 _EXPIRED = 1000
-_RATES = (8.0, 10.0, 12.0, 15.0, 20.0)
+_RATES = (10.0, 15.0, 20.0, 27.0, 36.0, 48.0, 60.0)  # with the overload eight steps
+_GROWTH_FRACTION = 0.02  # a smaller change is neither growth nor a fall
+_OVERLOAD = 3.0
 _BURSTS, _PROBE_EVERY_S = 6, 0.1
+
+Step = dict[str, float]
+"""What became of the load at one rate: `rate_rps`, `goodput_rps` and counts."""
 
 
 async def overload_trials() -> dict[str, object]:
-    """Goodput at rising rates and at three times the best, expired requests, RetryInfo."""
+    """Goodput at rising rates and at three times what the fleet can do, expired requests, RetryInfo."""
     async with simulated_fleet() as fleet:
         report: dict[str, object] = {"expired": await expired(fleet)}
         report["retry_info"] = await retry_info(fleet)
@@ -30,16 +36,46 @@ async def overload_trials() -> dict[str, object]:
 
 
 async def goodput(fleet: Fleet) -> dict[str, object]:
-    """Requests a second whose first token came within the objective, from rates below the fleet's limit to three times the best."""
+    """Requests a second whose first token came within the objective, from rates below the fleet's limit to three times that limit."""
     rng = Random(3)
-    steps = [await _offer(fleet, rate, rng) for rate in _RATES]
-    peak = max(step["goodput_rps"] for step in steps)
-    best_rate = max(steps, key=lambda step: step["goodput_rps"])["rate_rps"]
-    over = await _offer(fleet, 3.0 * best_rate, rng)
-    return {"steps": steps, "peak_rps": peak, "overload": over, "of_peak": over["goodput_rps"] / peak, "slo_ttft_s": _SLO_TTFT_S}
+
+    async def offer(rate_rps: float) -> Step:
+        return await _offer(fleet, rate_rps, rng)
+
+    steps = await climb(offer)
+    peak_rps, full_rps = peak(steps)
+    over = await offer(_OVERLOAD * full_rps)
+    return {
+        "steps": steps,
+        "peak_rps": peak_rps,
+        "full_rps": full_rps,
+        "overload": over,
+        "of_peak": over["goodput_rps"] / peak_rps,
+        "slo_ttft_s": _SLO_TTFT_S,
+    }
 
 
-async def _offer(fleet: Fleet, rate_rps: float, rng: Random) -> dict[str, float]:
+async def climb(offer: Callable[[float], Awaitable[Step]], rates_rps: Sequence[float] = _RATES) -> list[Step]:
+    """Offers rising rates until goodput has fallen by 2 % of the best, or has twice in turn not grown by as much, or all are offered."""
+    steps, best_rps, flat = list[Step](), 0.0, 0
+    for rate_rps in rates_rps:
+        step = await offer(rate_rps)
+        steps.append(step)
+        goodput_rps = step["goodput_rps"]
+        flat = 0 if goodput_rps > (1 + _GROWTH_FRACTION) * best_rps else flat + 1
+        if flat == 2 or goodput_rps < (1 - _GROWTH_FRACTION) * best_rps:
+            break
+        best_rps = max(best_rps, goodput_rps)
+    return steps
+
+
+def peak(steps: Sequence[Step]) -> tuple[float, float]:
+    """The best goodput, and the least rate that reaches it within 2 %: beyond, more load is overload. Both requests a second."""
+    best_rps = max(step["goodput_rps"] for step in steps)
+    return best_rps, min(step["rate_rps"] for step in steps if step["goodput_rps"] >= (1 - _GROWTH_FRACTION) * best_rps)
+
+
+async def _offer(fleet: Fleet, rate_rps: float, rng: Random) -> Step:
     """Half of the requests may be shed; all have an objective and a deadline."""
 
     async def load(router: str) -> list[Outcome]:

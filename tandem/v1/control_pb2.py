@@ -26,7 +26,7 @@ from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 from tandem.v1 import worker_pb2 as tandem_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x16tandem/v1/worker.proto\"\x12\n\x10GetStatusRequest\"\x93\x02\n\x11GetStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12*\n\x08replicas\x18\x03 \x03(\x0b\x32\x18.tandem.v1.ReplicaStatus\x12\"\n\x07targets\x18\x04 \x03(\x0b\x32\x11.tandem.v1.Target\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x18\n\x10running_requests\x18\x06 \x01(\r\x12%\n\x06queues\x18\x07 \x03(\x0b\x32\x15.tandem.v1.ModelQueue\x12\x30\n\x0bpredictions\x18\x08 \x03(\x0b\x32\x1b.tandem.v1.ModelPredictions\"a\n\x10ModelPredictions\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nis_trusted\x18\x02 \x01(\x08\x12*\n\x06scores\x18\x03 \x03(\x0b\x32\x1a.tandem.v1.PredictionScore\"\xb7\x01\n\x0fPredictionScore\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x16\n\x0eoutcomes_total\x18\x02 \x01(\x04\x12\x17\n\x0fwindow_outcomes\x18\x03 \x01(\r\x12\x15\n\rpredicted_p50\x18\x04 \x01(\x01\x12\x12\n\nactual_p50\x18\x05 \x01(\x01\x12\x1b\n\x13mean_error_fraction\x18\x06 \x01(\x01\x12\x1d\n\x15q90_coverage_fraction\x18\x07 \x01(\x01\"c\n\nModelQueue\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x15\n\rqueued_work_s\x18\x03 \x01(\x01\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\"\x85\x01\n\rReplicaStatus\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Lease\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad\x12\x14\n\x0cis_reachable\x18\x03 \x01(\x08\x12\x18\n\x10predicted_work_s\x18\x04 \x01(\x01\"r\n\x06Target\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\x10\n\x08replicas\x18\x03 \x01(\r\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x12\n\nis_cleared\x18\x05 \x01(\x08\"6\n\x10SetTargetRequest\x12\"\n\x07targets\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Target\"\"\n\x11SetTargetResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"G\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x1c\n\x14\x64\x65\x61\x64line_remaining_s\x18\x02 \x01(\x01\"\x16\n\x14\x44rainReplicaResponse2\xea\x01\n\x07\x43ontrol\x12\x46\n\tGetStatus\x12\x1b.tandem.v1.GetStatusRequest\x1a\x1c.tandem.v1.GetStatusResponse\x12\x46\n\tSetTarget\x12\x1b.tandem.v1.SetTargetRequest\x1a\x1c.tandem.v1.SetTargetResponse\x12O\n\x0c\x44rainReplica\x12\x1e.tandem.v1.DrainReplicaRequest\x1a\x1f.tandem.v1.DrainReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x16tandem/v1/worker.proto\"\x12\n\x10GetStatusRequest\"\x93\x02\n\x11GetStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12*\n\x08replicas\x18\x03 \x03(\x0b\x32\x18.tandem.v1.ReplicaStatus\x12\"\n\x07targets\x18\x04 \x03(\x0b\x32\x11.tandem.v1.Target\x12\x17\n\x0fqueued_requests\x18\x05 \x01(\r\x12\x18\n\x10running_requests\x18\x06 \x01(\r\x12%\n\x06queues\x18\x07 \x03(\x0b\x32\x15.tandem.v1.ModelQueue\x12\x30\n\x0bpredictions\x18\x08 \x03(\x0b\x32\x1b.tandem.v1.ModelPredictions\"a\n\x10ModelPredictions\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nis_trusted\x18\x02 \x01(\x08\x12*\n\x06scores\x18\x03 \x03(\x0b\x32\x1a.tandem.v1.PredictionScore\"\xb7\x01\n\x0fPredictionScore\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x16\n\x0eoutcomes_total\x18\x02 \x01(\x04\x12\x17\n\x0fwindow_outcomes\x18\x03 \x01(\r\x12\x15\n\rpredicted_p50\x18\x04 \x01(\x01\x12\x12\n\nactual_p50\x18\x05 \x01(\x01\x12\x1b\n\x13mean_error_fraction\x18\x06 \x01(\x01\x12\x1d\n\x15q90_coverage_fraction\x18\x07 \x01(\x01\"c\n\nModelQueue\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\x0fqueued_requests\x18\x02 \x01(\r\x12\x15\n\rqueued_work_s\x18\x03 \x01(\x01\x12\x16\n\x0erequests_total\x18\x04 \x01(\x04\"\x9b\x01\n\rReplicaStatus\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.tandem.v1.Lease\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad\x12\x14\n\x0cis_reachable\x18\x03 \x01(\x08\x12\x18\n\x10predicted_work_s\x18\x04 \x01(\x01\x12\x14\n\x0cis_straggler\x18\x05 \x01(\x08\"r\n\x06Target\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.tandem.v1.Role\x12\x10\n\x08replicas\x18\x03 \x01(\r\x12\x14\n\x0c\x65xpires_in_s\x18\x04 \x01(\x01\x12\x12\n\nis_cleared\x18\x05 \x01(\x08\"6\n\x10SetTargetRequest\x12\"\n\x07targets\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Target\"\"\n\x11SetTargetResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"G\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x1c\n\x14\x64\x65\x61\x64line_remaining_s\x18\x02 \x01(\x01\"\x16\n\x14\x44rainReplicaResponse2\xea\x01\n\x07\x43ontrol\x12\x46\n\tGetStatus\x12\x1b.tandem.v1.GetStatusRequest\x1a\x1c.tandem.v1.GetStatusResponse\x12\x46\n\tSetTarget\x12\x1b.tandem.v1.SetTargetRequest\x1a\x1c.tandem.v1.SetTargetResponse\x12O\n\x0c\x44rainReplica\x12\x1e.tandem.v1.DrainReplicaRequest\x1a\x1f.tandem.v1.DrainReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,17 +44,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELQUEUE']._serialized_start=669
   _globals['_MODELQUEUE']._serialized_end=768
   _globals['_REPLICASTATUS']._serialized_start=771
-  _globals['_REPLICASTATUS']._serialized_end=904
-  _globals['_TARGET']._serialized_start=906
-  _globals['_TARGET']._serialized_end=1020
-  _globals['_SETTARGETREQUEST']._serialized_start=1022
-  _globals['_SETTARGETREQUEST']._serialized_end=1076
-  _globals['_SETTARGETRESPONSE']._serialized_start=1078
-  _globals['_SETTARGETRESPONSE']._serialized_end=1112
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=1114
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=1185
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=1187
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=1209
-  _globals['_CONTROL']._serialized_start=1212
-  _globals['_CONTROL']._serialized_end=1446
+  _globals['_REPLICASTATUS']._serialized_end=926
+  _globals['_TARGET']._serialized_start=928
+  _globals['_TARGET']._serialized_end=1042
+  _globals['_SETTARGETREQUEST']._serialized_start=1044
+  _globals['_SETTARGETREQUEST']._serialized_end=1098
+  _globals['_SETTARGETRESPONSE']._serialized_start=1100
+  _globals['_SETTARGETRESPONSE']._serialized_end=1134
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=1136
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=1207
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=1209
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=1231
+  _globals['_CONTROL']._serialized_start=1234
+  _globals['_CONTROL']._serialized_end=1468
 # @@protoc_insertion_point(module_scope)

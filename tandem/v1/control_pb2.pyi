@@ -73,16 +73,18 @@ class ModelQueue(_message.Message):
     def __init__(self, model: _Optional[str] = ..., queued_requests: _Optional[int] = ..., queued_work_s: _Optional[float] = ..., requests_total: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("lease", "load", "is_reachable", "predicted_work_s")
+    __slots__ = ("lease", "load", "is_reachable", "predicted_work_s", "is_straggler")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     IS_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_WORK_S_FIELD_NUMBER: _ClassVar[int]
+    IS_STRAGGLER_FIELD_NUMBER: _ClassVar[int]
     lease: _common_pb2.Lease
     load: _worker_pb2.WorkerLoad
     is_reachable: bool
     predicted_work_s: float
-    def __init__(self, lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., load: _Optional[_Union[_worker_pb2.WorkerLoad, _Mapping]] = ..., is_reachable: _Optional[bool] = ..., predicted_work_s: _Optional[float] = ...) -> None: ...
+    is_straggler: bool
+    def __init__(self, lease: _Optional[_Union[_common_pb2.Lease, _Mapping]] = ..., load: _Optional[_Union[_worker_pb2.WorkerLoad, _Mapping]] = ..., is_reachable: _Optional[bool] = ..., predicted_work_s: _Optional[float] = ..., is_straggler: _Optional[bool] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("model", "role", "replicas", "expires_in_s", "is_cleared")

@@ -15,6 +15,7 @@ import pytest
 
 from router import http as router_http
 from router import http_calls
+from router.policies import POLICIES
 from router.replay import replay
 from tandem import cleanup
 from tandem.redis_register import RedisRegister
@@ -120,6 +121,8 @@ def test_a_port_that_is_none_is_one_line_too(port: str) -> None:
     [
         (("--worker", "nowhere"), "--worker 'nowhere' is not HOST:PORT"),
         (("--max-queued-requests", "0"), "max_queued_requests must be at least 1, got 0"),
+        (("--queue-order", "best"), "queue_order must be slack or shortest, got 'best'"),
+        (("--policy", "best"), f"policy must be one of: {', '.join(POLICIES)}; got 'best'"),
     ],
 )
 def test_a_bad_setting_is_one_line(arguments: tuple[str, ...], text: str) -> None:

@@ -10,6 +10,7 @@ from tandem.client import AsyncClient
 from tandem.domain import PredictedTerm, Receipt, RequestId
 from tandem.tenancy import Tenant, hash_key
 from tandem.trials import __main__ as command
+from tandem.trials.overload import climb, peak
 from tandem.trials.prediction import judge_ttft
 from tandem.trials.sending import Outcome, fresh_prompt, keep_busy, poisson, send
 from tests.integration.fake_worker import Faults, serve_workers
@@ -63,6 +64,27 @@ def test_errors_and_coverage_follow_from_receipts() -> None:
 
     judged = judge_ttft([outcome(1.0, 2.0, 2.0), outcome(3.0, 3.5, 4.0)])
     assert judged == {"ttft_error": pytest.approx(0.375), "ttft_q90_coverage": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("goodputs_rps", "offered", "best_rps", "full_rps"),
+    [
+        ((10, 15, 20, 25, 30, 35, 40), 7, 40, 7),  # to the largest rate
+        ((10, 15, 20, 16, 99), 4, 20, 3),  # until it falls
+        ((10, 15, 15.2, 15.3, 99), 4, 15.3, 2),  # until it has twice not grown
+        ((10, 15, 14.9, 17, 17.1, 17.2, 99), 6, 17.2, 4),  # once is no end
+        ((0, 0, 9), 2, 0, 1),  # a fleet that serves nobody
+    ],
+)
+async def test_rates_rise_until_goodput_has_had_its_peak(
+    goodputs_rps: tuple[float, ...], offered: int, best_rps: float, full_rps: float
+) -> None:
+    async def offer(rate_rps: float) -> dict[str, float]:
+        return {"rate_rps": rate_rps, "goodput_rps": goodputs_rps[int(rate_rps) - 1]}
+
+    steps = await climb(offer, range(1, len(goodputs_rps) + 1))
+    assert len(steps) == offered
+    assert peak(steps) == (best_rps, full_rps)
 
 
 def test_a_trial_that_does_not_exist_is_answered_with_those_that_do(

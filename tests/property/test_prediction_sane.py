@@ -109,11 +109,11 @@ def test_pools_are_bounded_whatever_reports_come(reports: list[tuple[int, list[S
 def test_output_estimates_are_ordered_capped_and_bounded(
     events: list[tuple[int, int, int, int | None]], produced: int, max_tokens: int | None, expected: int | None
 ) -> None:
-    lengths = OutputLengths(OutputLengthConfig(max_sessions=4, max_bins=4, max_tenants=4))
+    lengths = OutputLengths(OutputLengthConfig(max_sessions=4, max_bins=4, max_tenants=4, max_models=4))
     for name, prompt_tokens, output_tokens, hint in events:
-        key = LengthKey("m", f"t{name % 5}", f"s{name}", prompt_tokens)
+        key = LengthKey(f"m{name % 6}", f"t{name % 5}", f"s{name}", prompt_tokens)
         lengths.observe(key, output_tokens, expected_tokens=hint)
-        assert lengths.keys <= 12
+        assert lengths.keys <= 16
         estimate = lengths.estimate(key, produced_tokens=produced, max_tokens=max_tokens, expected_tokens=expected)
         left = 131_072 if max_tokens is None else max(0, max_tokens - produced)
         assert 0.0 <= estimate.mean_tokens <= left

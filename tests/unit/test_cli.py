@@ -134,6 +134,11 @@ def test_the_status_table_has_a_row_for_each_replica() -> None:
     assert all(cell in text for cell in ("d-0", "decode", "ready, unreachable", "37.5%", "1.25 s"))
 
 
+def test_the_status_table_names_stragglers() -> None:
+    text = shown(status_table(replace(STATUS, replicas=(replace(REPLICA, is_reachable=True, is_straggler=True),))))
+    assert "ready, straggler" in text
+
+
 def test_predictions_are_shown_beside_what_happened_and_whether_they_are_used() -> None:
     ttft = PredictionScore(
         kind="ttft",

@@ -1,7 +1,8 @@
 """What a cluster is to be: which source wins, which words are refused, and that it travels as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def test_a_file_without_any_model_is_refused_whatever_the_flags_say(tmp_path: Pa
     ("text", "words"),
     [
         ("rooters = 2\n", "unknown key 'rooters'; the nearest valid one is 'routers'"),
+        ("rooters = 2\n", ", and all are cluster, host, port, "),
+        ("_path = 'x'\n", "unknown key '_path'"),
         ("[[models]]\nprefil = 2\n", "models[0].unknown key 'prefil'; the nearest valid one is 'prefill'"),
         ('"" = 2\n', "unknown key ''; the nearest valid one is "),
         ("routers = '2'\n", "routers must be a whole number, got '2'"),
@@ -174,6 +177,7 @@ def test_the_bounds_of_a_pool_are_its_size_at_the_start_unless_said_otherwise() 
         (with_model(cpus_per_replica=float("inf")), "cpus_per_replica must be a number and not negative"),
         (with_model(max_num_seqs=0), "max_num_seqs must be at least 1"),
         (with_model(context_tokens=0), "context_tokens must be at least 1, got 0"),
+        (with_model(dtype="float8"), r"models\[0\]\.dtype 'float8' is not known; valid are auto, float32, bfloat16, float16, float, half"),
         (with_model(engine="vlm"), r"models\[0\]\.engine 'vlm' is not known; valid are vllm, simulated"),
         (with_model(step_profile={"base_s": 1.0}), "are for engine = 'simulated', and it is 'vllm'"),
         (with_model(engine="simulated", step_profile={"bases": 1.0}), r"models\[0\]\.step_profile\.unknown key 'bases'; .* 'base_s'"),
@@ -218,8 +222,34 @@ def test_json_that_is_no_configuration_is_refused(text: str) -> None:
 
 
 def test_a_section_names_where_it_was_wrong() -> None:
-    with pytest.raises(ConfigError, match=r"^here: unknown key 'dtypes'; the nearest valid one is 'dtype'$"):
+    with pytest.raises(
+        ConfigError, match=r"^here: unknown key 'dtypes'; the nearest valid one is 'dtype', and all are model, name, .*, faults$"
+    ):
         read_section(ModelConfig, {"dtypes": "x"}, "here: ")
+
+
+class Colour(StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paint:
+    colour: Colour = Colour.RED
+
+
+def test_a_choice_is_read_from_its_word_and_another_word_is_answered_with_those_there_are() -> None:
+    assert read_section(Paint, {"colour": "blue"}, "").colour is Colour.BLUE
+    for value in ("green", 1, ["red"]):
+        with pytest.raises(ConfigError, match=r"^here: colour must be red or blue, got "):
+            read_section(Paint, {"colour": value}, "here: ")
+
+
+def test_the_file_it_was_read_from_is_known_and_does_not_travel(tmp_path: Path) -> None:
+    config = load(tmp_path, "port = 1000\n")
+    assert config.path == tmp_path / "cluster.toml"
+    assert cluster_config_from_json(config.to_json()).path is None
+    assert load(tmp_path).path is None
 
 
 def test_a_slow_replica_has_a_profile_of_its_own() -> None:

@@ -56,6 +56,22 @@ def test_a_pool_is_published_once_it_is_learnt() -> None:
     assert one.p90_ratio > 0
 
 
+def test_looking_changes_nothing_that_decisions_read() -> None:
+    benches = Bench(), Bench()
+    decode = PoolKey("m", "cpu", Role.DECODE)
+    for number, bench in enumerate(benches):
+        for count in range(200):
+            bench.steps(1, seconds=0.1 + 1e-4 * count)
+            sample = StepSample(prefill_tokens=0, prefill_pairs=0, decode_requests=1 + count % 8, kv_tokens=100 * count, duration_s=5e-3)
+            bench.predictor.pools.observe(decode, "r2", [sample], 0.0)
+            if number:
+                learnt(bench.predictor)
+            if count % 50 == 49:
+                bench.predictor.pools.cost(PREFILL)
+    alone, watched = (bench.predictor.pools.cost(PREFILL) for bench in benches)
+    assert alone == watched
+
+
 async def test_what_has_changed_is_written_and_the_rest_only_before_it_runs_out() -> None:
     bench = Bench()
     await bench.publisher.look()

@@ -20,10 +20,11 @@ from router.workers import Workers
 from tandem.cluster_view import PredictionScore, status_from_pb, targets_to_pb
 from tandem.convert import lease_to_pb
 from tandem.deadline import Deadline
-from tandem.domain import ModelId, ReplicaTarget, Role
+from tandem.domain import ModelId, ReplicaId, ReplicaTarget, Role
 from tandem.errors import InvalidRequestError, NotFoundError, PreconditionError, Reason, UnavailableError
 from tandem.membership import ServedModel, Snapshot
 from tandem.rpc import ServerCall
+from tandem.step_sample import StepSample
 from tandem.telemetry import RouterMetrics
 from tandem.v1 import common_pb2, control_pb2, worker_pb2
 from tests.fake_channel import FakeChannel
@@ -211,3 +212,37 @@ async def test_a_replica_is_told_to_drain_in_the_time_that_was_given() -> None:
     service = ControlService(bench.shell, workers, bench.view)
     await service.drain_replica(control_pb2.DrainReplicaRequest(replica_id="decode-0", deadline_remaining_s=7.0), CALL)
     assert [request.deadline_remaining_s for request in heard] == [7.0]
+
+
+def steps_of(bench: Bench, step_s: dict[str, float], from_s: int, to_s: int) -> None:
+    """Each replica's steps take so long, four a second."""
+    for number in range(4 * from_s, 4 * to_s):
+        for name, duration_s in step_s.items():
+            step = StepSample(prefill_tokens=64, prefill_pairs=2048, decode_requests=0, kv_tokens=0, duration_s=duration_s)
+            bench.shell.core.steps(ReplicaId(name), 1, [step], number / 4)
+
+
+async def stragglers(bench: Bench) -> list[str]:
+    """Those that the status names; what is due is logged before."""
+    bench.shell._refresh_gauges()
+    status = status_from_pb(await bench.service.get_status(control_pb2.GetStatusRequest(), CALL))
+    return [one.lease.replica_id for one in status.replicas if one.is_straggler]
+
+
+async def test_a_straggler_is_named_in_the_log_and_in_the_status_until_it_is_none_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="router.shell")
+    bench = Bench("m")
+    fast = dict.fromkeys(("prefill-0", "prefill-1", "prefill-2"), 0.01)
+    for name in fast:
+        bench.shell.replica_seen(make_lease(name, Role.PREFILL))
+    steps_of(bench, fast, 0, 20)
+    assert await stragglers(bench) == []
+    steps_of(bench, {**fast, "prefill-1": 0.016}, 20, 60)
+    for _ in range(2):
+        assert await stragglers(bench) == ["prefill-1"]
+    steps_of(bench, fast, 60, 100)
+    for _ in range(2):
+        assert await stragglers(bench) == []
+    named, cleared = (record.getMessage() for record in caplog.records)
+    assert named.startswith("straggler_named replica_id=prefill-1 slowdown=1.")
+    assert cleared == "straggler_cleared replica_id=prefill-1"

@@ -1,5 +1,7 @@
 """Why a request went where it went, to be asked for afterwards."""
 
+from dataclasses import replace
+
 import pytest
 
 from router.config import RouterConfig
@@ -7,7 +9,7 @@ from router.core import RouterCore
 from router.decisions import Decisions
 from router.server import RouterService
 from router.shell import RouterShell
-from tandem.domain import Receipt, RequestId
+from tandem.domain import PredictedTerm, Receipt, RequestId
 from tandem.errors import NotFoundError
 from tandem.explain_cli import candidates_table, outcome_table
 from tandem.explanation import Explanation, explanation_from_pb, explanation_to_pb
@@ -45,6 +47,18 @@ async def test_candidates_come_with_their_terms_and_the_chosen_one_is_marked() -
     assert candidates_table(found).row_count == 2
 
 
+async def test_the_terms_that_are_shown_add_up_where_blocks_are_fetched() -> None:
+    core = make_core()
+    submit(core)
+    found = await explained(core)
+    waits = {"ahead_s": 1.0, "wait_s": 2.0, "own_s": 4.0, "others_s": 8.0, "total_s": 15.0, "cached_tokens": 64.0, "fetched_tokens": 32.0}
+    terms = tuple(PredictedTerm(name=name, predicted=value) for name, value in waits.items())
+    table = candidates_table(replace(found, candidates=(replace(found.candidates[0], terms=terms),)))
+    shown = {str(column.header): next(iter(column.cells)) for column in table.columns}
+    assert float(str(shown["total_s"])) == sum(float(str(shown[name])) for name in ("ahead_s", "wait_s", "own_s", "others_s"))
+    assert (shown["cached_tokens"], shown["fetched_tokens"]) == ("64", "32")
+
+
 async def test_one_worker_for_all_is_told_apart() -> None:
     core = make_core()
     submit(core, prompt_tokens=10)
@@ -64,8 +78,40 @@ async def test_what_it_came_to_stands_beside_what_was_predicted() -> None:
 
 
 async def test_a_request_that_is_not_remembered_is_named() -> None:
-    with pytest.raises(NotFoundError, match="'r9'"):
+    with pytest.raises(NotFoundError, match="no request 'r9' is among the last 1000 that this router dispatched"):
         await explained(make_core(), "r9")
+
+
+@pytest.mark.parametrize(
+    ("own_ids", "seen_id", "found_id"),
+    [
+        (["a"], "a", "a"),
+        (["a"], "chatcmpl-a", "a"),
+        (["a-0123abcd"], "a", "a-0123abcd"),
+        (["a-0123abcd"], "cmpl-a", "a-0123abcd"),
+        (["a-0123abcd", "a-4567cdef"], "a", "a-4567cdef"),
+        (["a-0", "a-1"], "a", "a-1"),
+        (["a#0", "a#1"], "a", "a#0"),
+        (["a#1"], "a", "a#1"),
+        (["a-0123abcd-0#0", "a-0123abcd-1#0", "a-0123abcd-1#1"], "a", "a-0123abcd-1#0"),
+        (["a", "a#0"], "a", "a"),
+        ([115 * "x" + "-0123abcd-127"], 124 * "x", 115 * "x" + "-0123abcd-127"),
+        ([126 * "x" + "#0"], 128 * "x", 126 * "x" + "#0"),
+    ],
+)
+async def test_a_request_is_found_by_the_id_that_its_caller_saw(own_ids: list[str], seen_id: str, found_id: str) -> None:
+    core = make_core()
+    for own_id in own_ids:
+        submit(core, own_id)
+    assert (await explained(core, seen_id)).request_id == found_id
+
+
+@pytest.mark.parametrize("own_id", ["ab", "a-b", "a-1234", "a#0-0", "a-0123abcde", "b-0123abcd", ""])
+async def test_an_id_that_only_begins_alike_is_another_requests(own_id: str) -> None:
+    core = make_core()
+    submit(core, own_id)
+    with pytest.raises(NotFoundError):
+        await explained(core, "a")
 
 
 def test_the_oldest_decision_is_forgotten_and_the_last_attempt_counts() -> None:

@@ -121,6 +121,29 @@ def test_older_and_repeated_reports_are_dropped(ledger: Ledger) -> None:
     assert _view(ledger) == OTHERS
 
 
+def test_a_report_from_the_future_is_dropped_and_the_true_ones_after_it_are_not(ledger: Ledger) -> None:
+    assert not ledger.report(REPLICA, 1, 2**63, WorkerLoad())
+    assert ledger.report(REPLICA, 1, 5, OF_OTHERS)
+    assert not ledger.report(REPLICA, 1, 1_000_006, WorkerLoad())
+    assert _view(ledger) == OTHERS
+    assert ledger.report(REPLICA, 1, 6, WorkerLoad())
+    assert _view(ledger) == NOTHING
+
+
+@pytest.mark.parametrize("first", [0, 1, 1_000_000])
+def test_up_to_a_million_reports_may_have_been_lost(ledger: Ledger, first: int) -> None:
+    assert ledger.report(REPLICA, 1, first, OF_OTHERS)
+    assert ledger.report(REPLICA, 1, first + 1_000_000, WorkerLoad())
+
+
+def test_a_stream_that_begins_again_counts_from_its_start(ledger: Ledger) -> None:
+    assert ledger.report(REPLICA, 1, 900, WorkerLoad())
+    ledger.remove_replica(REPLICA)
+    ledger.add_replica(REPLICA, 1)
+    assert ledger.report(REPLICA, 1, 0, OF_OTHERS)
+    assert _view(ledger) == OTHERS
+
+
 def test_another_incarnation_is_not_believed(ledger: Ledger) -> None:
     _book(ledger)
     ledger.add_replica(REPLICA, 2)

@@ -54,6 +54,14 @@ def test_nine_in_ten_rests_are_no_longer_than_p90() -> None:
     assert 0.87 <= covered / count <= 0.93
 
 
+def test_a_model_says_nothing_of_another() -> None:
+    lengths = OutputLengths()
+    for _ in range(1000):
+        lengths.observe(_key(), 2000)
+    assert lengths.estimate(_key(model="other")) == OutputLengths().estimate(_key())
+    assert lengths.estimate(_key(tenant="other")).mean_tokens == pytest.approx(2000, rel=0.1)
+
+
 def test_sums_of_means_are_right() -> None:
     lengths, rng = _learnt(3000), Random(4)
     actual = [_length(rng, 300) for _ in range(3000)]
@@ -141,7 +149,7 @@ def test_keys_are_bounded() -> None:
     lengths = OutputLengths(OutputLengthConfig(max_sessions=5, max_bins=6, max_tenants=7))
     for index in range(200):
         lengths.observe(_key(f"s{index}", 2 ** (index % 20), tenant=f"t{index}"), 10)
-    assert lengths.keys == 5 + 6 + 7
+    assert lengths.keys == 5 + 6 + 7 + 1
 
 
 def test_bins_are_half_octaves() -> None:

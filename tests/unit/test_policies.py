@@ -7,6 +7,7 @@ import pytest
 
 from router.policies import (
     DEFAULT_POLICY,
+    PEER_POLICIES,
     POLICIES,
     DynamoParameters,
     LlmdParameters,
@@ -16,16 +17,14 @@ from router.policies import (
     PrefillJob,
     PrefillView,
     SglangParameters,
-    ttft_s,
 )
 from tandem.domain import ReplicaId
 
 
-def job(prompt_tokens: int = 1000, *, fetch_token_s: float | None = None, session: str = "", now_s: float = 0.0) -> PrefillJob:
+def job(prompt_tokens: int = 1000, *, session: str = "", now_s: float = 0.0) -> PrefillJob:
     return PrefillJob(
         prompt_tokens=prompt_tokens,
         prefill_s=lambda uncached, cached: 1e-3 * uncached,
-        fetch_s=None if fetch_token_s is None else lambda tokens: tokens * fetch_token_s,
         session=session,
         block_size_tokens=100,
         now_s=now_s,
@@ -36,7 +35,6 @@ def view(
     number: int,
     *,
     cached: int = 0,
-    stored: int = 0,
     ahead_s: float = 0.0,
     ahead_tokens: int = 0,
     running: int = 0,
@@ -45,7 +43,6 @@ def view(
     return PrefillView(
         replica_id=ReplicaId(f"p{number:03d}"),
         cached_tokens=cached,
-        store_tokens=stored,
         ahead_s=ahead_s,
         ahead_tokens=ahead_tokens,
         running_requests=running,
@@ -59,26 +56,27 @@ def state(parameters: PolicyParameters | None = None) -> PolicyState:
 
 
 def best(policy: str, views: Sequence[PrefillView], of: PrefillJob | None = None, memory: PolicyState | None = None) -> int:
-    return POLICIES[policy](job() if of is None else of, views, state() if memory is None else memory)[0]
+    return PEER_POLICIES[policy](job() if of is None else of, views, state() if memory is None else memory)[0]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PEER_POLICIES)
 def test_a_ranking_names_candidates_once_and_the_first_of_one_is_that_one(policy: str) -> None:
     views = [view(number, ahead_s=0.1 * number, running=number) for number in range(5)]
-    ranking = POLICIES[policy](job(session="s"), views, state())
+    ranking = PEER_POLICIES[policy](job(session="s"), views, state())
     assert ranking
     assert len(set(ranking)) == len(ranking)
     assert set(ranking) <= set(range(5))
-    assert POLICIES[policy](job(), views[:1], state()) == [0]
+    assert PEER_POLICIES[policy](job(), views[:1], state()) == [0]
 
 
-@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"random", "power_of_two", "session_hash", "round_robin"}))
+@pytest.mark.parametrize("policy", sorted(set(PEER_POLICIES) - {"random", "power_of_two", "session_hash", "round_robin"}))
 def test_ties_go_to_the_lower_id(policy: str) -> None:
     assert best(policy, [view(2), view(1), view(3)]) == 1
 
 
-def test_the_default_is_one_of_them() -> None:
-    assert DEFAULT_POLICY in POLICIES
+def test_the_default_is_the_planners_own() -> None:
+    assert POLICIES[0] == DEFAULT_POLICY
+    assert DEFAULT_POLICY not in PEER_POLICIES
 
 
 def test_round_robin_takes_each_in_turn() -> None:
@@ -88,8 +86,8 @@ def test_round_robin_takes_each_in_turn() -> None:
 
 def test_random_and_the_two_of_power_of_two_come_from_the_seed() -> None:
     views = [view(number, ahead_s=float(number)) for number in range(8)]
-    assert POLICIES["random"](job(), views, state()) == POLICIES["random"](job(), views, state())
-    first, second = POLICIES["power_of_two"](job(), views, state())
+    assert PEER_POLICIES["random"](job(), views, state()) == PEER_POLICIES["random"](job(), views, state())
+    first, second = PEER_POLICIES["power_of_two"](job(), views, state())
     assert first < second
 
 
@@ -101,7 +99,7 @@ def test_least_requests_and_join_shortest_work_look_at_different_things() -> Non
 
 def test_a_session_stays_where_it_is_when_another_replica_goes() -> None:
     views = [view(number) for number in range(6)]
-    ranking = POLICIES["session_hash"](job(session="one"), views, state())
+    ranking = PEER_POLICIES["session_hash"](job(session="one"), views, state())
     gone = ranking[1]
     left = [one for index, one in enumerate(views) if index != gone]
     assert left[best("session_hash", left, job(session="one"))] == views[ranking[0]]
@@ -149,32 +147,3 @@ def test_preble_explores_by_the_work_given_and_this_prefill() -> None:
     memory = state()
     views = [view(1), view(2), view(3, cached=300)]
     assert [best("preble_e2", views, memory=memory) for _ in range(3)] == [2, 0, 1]
-
-
-def test_the_default_adds_the_work_ahead_and_what_is_to_compute() -> None:
-    views = [view(1, ahead_s=0.1), view(2, cached=400, ahead_s=0.6), view(3, ahead_s=0.2, cached=200)]
-    assert POLICIES["predicted_ttft"](job(), views, state()) == [2, 0, 1]
-
-
-def test_blocks_of_the_store_come_while_the_work_ahead_is_done() -> None:
-    assert ttft_s(job(fetch_token_s=1e-4), view(1, stored=600, ahead_s=0.5)) == pytest.approx(0.5 + 0.4)
-    assert ttft_s(job(fetch_token_s=1e-4), view(1, stored=600)) == pytest.approx(0.06 + 0.4)
-
-
-def test_a_slow_store_is_left_alone_and_one_that_has_no_more_is_not_asked() -> None:
-    assert ttft_s(job(fetch_token_s=1.0), view(1, stored=600)) == pytest.approx(1.0)
-    assert ttft_s(job(fetch_token_s=1e-9), view(1, stored=600, cached=600)) == pytest.approx(0.4)
-    assert ttft_s(job(), view(1, stored=600)) == pytest.approx(1.0)
-
-
-def test_the_last_token_is_always_computed() -> None:
-    assert ttft_s(job(), view(1, cached=1000)) == pytest.approx(1e-3)
-    assert ttft_s(job(fetch_token_s=0.0), view(1, stored=1000)) == pytest.approx(1e-3)
-
-
-def test_among_many_only_a_few_are_looked_at_and_the_holder_and_the_idlest_are_among_them() -> None:
-    views = [view(number, ahead_s=1.0) for number in range(100)]
-    views[70], views[80] = view(70, ahead_s=0.9, cached=900), view(80, ahead_s=0.5)
-    ranking = POLICIES["predicted_ttft"](job(), views, state())
-    assert len(ranking) == 4
-    assert ranking[:2] == [70, 80]

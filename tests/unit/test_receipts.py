@@ -114,7 +114,7 @@ def test_the_workers_reason_goes_before_the_plans() -> None:
 def _learn(receipt: Receipt, *, placement: Placement = PLACEMENT, **changes: Any) -> tuple[LoadPredictor, OutputLengths]:
     predictor, lengths = LoadPredictor(), OutputLengths()
     tracked = make_tracked(**changes)
-    tracked.placement, tracked.first_assignment = placement, FIRST
+    tracked.placement, tracked.first_assignment, tracked.is_predicted = placement, FIRST, True
     learn(predictor, lengths, tracked, receipt, 0.0)
     return predictor, lengths
 
@@ -142,7 +142,7 @@ def test_the_gap_and_the_dispatch_are_learnt() -> None:
     assert predictor.handoff_gap_s("m", blocks=6, is_same_node=True) > untaught.handoff_gap_s("m", blocks=6, is_same_node=True)
     assert predictor.handoff_gap_s("m", blocks=6, is_same_node=False) == untaught.handoff_gap_s("m", blocks=6, is_same_node=False)
     tracked = make_tracked()
-    tracked.placement, tracked.first_assignment = PLACEMENT, FIRST
+    tracked.placement, tracked.first_assignment, tracked.is_predicted = PLACEMENT, FIRST, True
     for _ in range(10):
         learn(predictor, OutputLengths(), tracked, _complete(), 0.0)
     nothing = Interval(0.0, 0.0)
@@ -158,6 +158,22 @@ def test_the_transfer_of_what_comes_after_the_first_token_is_learnt(shipped_bloc
     untaught = LoadPredictor()
     same_node_s = predictor.transfer_s("m", size_bytes=block_bytes, is_same_node=True)
     assert same_node_s == untaught.transfer_s("m", size_bytes=block_bytes, is_same_node=True)
+
+
+def test_a_transfer_is_scored_by_what_was_known_before_it() -> None:
+    receipt = replace(_complete(), transfer_s=0.064, kv_bytes_shipped=64 * ENGINE.kv_block_bytes)
+    predictor, _ = _learn(receipt)
+    (score,) = (score for score in predictor.scores.scores() if score.kind is PredictionKind.TRANSFER)
+    before_s = LoadPredictor().transfer_s("m", size_bytes=64 * ENGINE.kv_block_bytes, is_same_node=True)
+    assert score.mean_relative_error == pytest.approx((before_s - 0.064) / 0.064)
+
+
+def test_waits_that_were_not_predicted_at_arrival_are_not_scored() -> None:
+    predictor, tracked = LoadPredictor(), make_tracked()
+    tracked.placement, tracked.first_assignment = PLACEMENT, FIRST
+    learn(predictor, OutputLengths(), tracked, _complete(), 0.0)
+    waits = {PredictionKind.QUEUE, PredictionKind.TTFT, PredictionKind.E2E}
+    assert _kinds(predictor) == set(PredictionKind) - {PredictionKind.TRANSFER, PredictionKind.STEP} - waits
 
 
 def test_a_hand_off_that_shipped_nothing_teaches_no_transfer() -> None:

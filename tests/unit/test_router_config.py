@@ -27,6 +27,7 @@ def test_the_defaults_are_valid() -> None:
         ("one_worker_max_tokens", -1),
         ("queue_ageing", -0.1),
         ("ahead_s", -0.1),
+        ("retry_hold_s", float("nan")),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: Any) -> None:

@@ -21,6 +21,24 @@ def test_a_failed_attempt_goes_on_elsewhere_with_its_tokens_counted() -> None:
     assert core.running_requests == 1
 
 
+def test_a_replica_that_is_lost_before_the_first_token_does_not_come_back_as_a_holder() -> None:
+    core = make_core(replicas=("prefill-0", "decode-0"))
+    submit(core)
+    core.replica_lost(ReplicaId("prefill-0"), 1, 0.1)
+    core.tokens(R1, 1, 1, 0.2)
+    assert set(core.prefixes.replicas) == {("decode-0", 1)}
+    core.check_invariants()
+
+
+def test_both_are_lost_before_the_first_token() -> None:
+    core = make_core(replicas=("prefill-0", "decode-0"))
+    submit(core)
+    for name in ("prefill-0", "decode-0"):
+        core.replica_lost(ReplicaId(name), 1, 0.1)
+    core.tokens(R1, 1, 1, 0.2)
+    core.check_invariants()
+
+
 def test_events_of_an_older_attempt_are_ignored() -> None:
     core = make_core(replicas=("decode-0", "decode-1"))
     submit(core)

@@ -41,6 +41,19 @@ def ended(core: RouterCore, request_id: RequestId, now_s: float) -> list[Instruc
     return instructions
 
 
+class TestRethinking:
+    def test_a_short_prompt_does_not_wait_beside_an_idle_worker(self) -> None:
+        core = make_core(replicas=())
+        engine = replace(ENGINE, max_num_seqs=1)
+        for name in ("prefill-0", "decode-0", "decode-1"):
+            core.replica_seen(make_lease(name, Role(name.split("-")[0]), engine=engine), 0.0)
+        gone = [name for number in (1, 2, 3) for name in dispatched(submit(core, f"r{number}", prompt_tokens=10))]
+        assert gone == ["r1", "r2"]
+        ended(core, R2, 1.0)
+        assert dispatched(core.tick(3.0)) == ["r3"]
+        core.check_invariants()
+
+
 class TestAhead:
     def test_a_worker_is_given_one_chunk_ahead_and_the_rest_waits_here(self) -> None:
         core = make_core()

@@ -63,7 +63,7 @@ class TestPrefillWorker:
     def test_those_who_wait_there_and_go_first_count_and_those_who_go_after_do_not(self) -> None:
         parts = RouterParts("prefill-0", "prefill-1", "decode-0")
         waits = make_tracked("r9")
-        parts.turns().line_up(waits, parts.assign(waits))
+        parts.turns().line_up(waits, parts.assign(waits), 0.0)
         assert parts.assign(make_tracked()).worker.replica_id == "prefill-1"
         assert parts.assign(make_tracked(priority=1)).worker.replica_id == "prefill-1"
         assert parts.assign(make_tracked(priority=-1)).worker.replica_id == "prefill-0"
@@ -225,7 +225,7 @@ class TestPolicies:
         turns = parts.turns()
         for number in range(3):
             tracked = make_tracked(f"w{number}")
-            turns.line_up(tracked, parts.assign(tracked))
+            turns.line_up(tracked, parts.assign(tracked), 0.0)
         assert {name: len(line) for name, line in parts.lines.items()} == {"prefill-0": 2, "prefill-1": 1}
 
     def test_seconds_of_a_prompt_are_those_of_the_pool(self) -> None:

@@ -9,7 +9,7 @@ from router.config import RouterConfig
 from router.estimator import kv_room_tokens
 from router.placement import NO_DECODE_WORKER, Assignment
 from router.policies import DEFAULT_POLICY
-from tandem.domain import ReplicaId, ReplicaState, RequestId, Role, Sampling
+from tandem.domain import ReplicaId, ReplicaState, RequestId, Role, Sampling, Slo
 from tests.router_parts import HANDING_OFF, RouterParts, distrust, make_tracked
 from tests.samples import BLOCK_SIZE_TOKENS, make_lease
 
@@ -79,6 +79,25 @@ class TestDecodeWorker:
         parts = RouterParts("prefill-0", "decode-0", "decode-1")
         parts.report("decode-0", running_requests=8, kv_tokens=4000)
         assert parts.place(make_tracked()).decode.replica_id == "decode-1"
+
+    def test_the_hand_off_counts_for_as_much_as_the_tokens(self) -> None:
+        parts = RouterParts("prefill-0", "decode-0", "decode-1")
+        parts.see(replace(parts.lease("decode-0"), node="far"))
+        parts.report("decode-1", running_requests=8, kv_tokens=4000)  # slower, and on the prefill worker's node
+        assert parts.place(make_tracked(expected_output_tokens=2)).decode.replica_id == "decode-1"
+        assert parts.place(make_tracked(expected_output_tokens=5000)).decode.replica_id == "decode-0"
+
+    def test_those_whose_objective_a_further_request_would_break_are_left_alone(self) -> None:
+        parts = RouterParts("prefill-0", "decode-0", "decode-1")
+        parts.report("decode-1", running_requests=1, kv_tokens=100)
+        assert parts.place(make_tracked()).decode.replica_id == "decode-0"
+        parts.objectives.add(ReplicaId("decode-0"), 1e-6)
+        assert parts.place(make_tracked()).decode.replica_id == "decode-1"
+
+    def test_its_own_objective_counts_too_and_where_all_break_it_the_least_is_taken(self) -> None:
+        parts = RouterParts("prefill-0", "decode-0", "decode-1")
+        parts.report("decode-1", running_requests=1, kv_tokens=100)
+        assert parts.place(make_tracked(slo=Slo(tpot_s=1e-6))).decode.replica_id == "decode-0"
 
     def test_one_without_room_is_not_taken(self) -> None:
         parts = RouterParts("prefill-0", "decode-0", "decode-1")

@@ -223,6 +223,19 @@ async def test_measured_steps_reach_the_core_with_their_replica() -> None:
         assert bench.steps == [("a", A.incarnation, [STEP]), ("a", 99, [STEP])]
 
 
+async def test_a_report_from_the_future_is_counted_and_the_next_one_is_believed() -> None:
+    async with watching("a:1") as bench:
+        await bench.says(A)
+        for sequence, running in ((2**63, 9), (1, 3)):
+            load = worker_pb2.WorkerLoad(running_requests=running)
+            message = worker_pb2.WatchResponse(incarnation=A.incarnation, sequence=sequence, load=load)
+            bench.channels["a:1"].streams[-1].put(message)
+        await settle()
+        (dropped,) = bench.shell.metrics.dropped_reports.collect()
+        assert dropped.samples[0].value == 1
+        assert bench.shell.core.replicas(0.0)[0].load.running_requests == 3
+
+
 async def test_cached_blocks_reach_the_index_and_go_with_their_replica() -> None:
     def told(change: BlockChange, incarnation: int = A.incarnation) -> worker_pb2.WatchResponse:
         return worker_pb2.WatchResponse(incarnation=incarnation, block_events=block_change_to_pb(change))
