@@ -50,6 +50,35 @@ class Considered(NamedTuple):
         return tuple(PredictedTerm(name=name, predicted=float(value)) for name, value in named.items())
 
 
+class DecodeConsidered(NamedTuple):
+    """One candidate with room for the tokens after the first, which another worker computes; for `tandem explain`."""
+
+    lease: Lease
+    tpot_s: float
+    handoff_gap_s: float
+    rest_s: float  # from the first token to the last, as predicted
+    is_too_slow: bool  # for an objective of the request, or of one that decodes there
+    running_requests: int
+    kv_tokens: int
+
+    @property
+    def rank(self) -> tuple[bool, float, int, ReplicaId]:
+        """What candidates are compared by, the least first."""
+        return self.is_too_slow, self.rest_s, self.running_requests, self.lease.replica_id
+
+    def terms(self) -> tuple[PredictedTerm, ...]:
+        """By name, for the wire."""
+        named = {
+            "tpot_s": self.tpot_s,
+            "handoff_gap_s": self.handoff_gap_s,
+            "rest_s": self.rest_s,
+            "is_too_slow": self.is_too_slow,
+            "running_requests": self.running_requests,
+            "kv_tokens": self.kv_tokens,
+        }
+        return tuple(PredictedTerm(name=name, predicted=float(value)) for name, value in named.items())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """The worker in whose line a request waits. `prefill` is ranked, that worker first; empty: it does both parts."""
@@ -87,6 +116,7 @@ class Placement:
     handoff_gap: Interval | None
     e2e: Interval
     output: OutputEstimate
+    considered: tuple[DecodeConsidered, ...] = ()  # for decode alone
 
     @property
     def worker_ids(self) -> tuple[ReplicaId, ReplicaId]:

@@ -18,7 +18,7 @@ from router.ledger import Ledger, ReplicaLoad
 from router.line import Line, Shares
 from router.objectives import Objectives
 from router.output_length import OutputEstimate, OutputLengths
-from router.placement import NO_DECODE_WORKER, NO_PREFILL_WORKER, QUICKER, SHORT_PROMPT, Assignment, Considered, Placement
+from router.placement import NO_DECODE_WORKER, NO_PREFILL_WORKER, QUICKER, SHORT_PROMPT, Assignment, Considered, DecodeConsidered, Placement
 from router.policies import DEFAULT_POLICY, PEER_POLICIES, PolicyParameters, PolicyState, PrefillJob, PrefillView
 from router.predict import EngineWork, LoadPredictor
 from router.prefix_index import PrefixIndex
@@ -141,6 +141,7 @@ class Planner:
         _, leases = self._usable(tracked, now_s)
         if assignment.prefill and not leases:  # the last one has gone since
             assignment = replace(assignment, prefill=(), one_worker_reason=NO_DECODE_WORKER)
+        considered: tuple[DecodeConsidered, ...] = ()
         if not assignment.prefill:
             decode = assignment.worker
             load = self._ledger.view(decode.replica_id)
@@ -148,11 +149,11 @@ class Planner:
             if not tracked.has_output and not has_room:
                 return None
         else:
-            found = self._decode_worker(tracked, leases, output, assignment.worker, closed)
-            if found is None:
+            considered = self._decode_considered(tracked, leases, output, assignment.worker, closed)
+            if not considered:
                 return None
-            decode = found
-        return self._placement(tracked, assignment, decode, output, now_s)
+            decode = min(considered, key=_rank).lease
+        return self._placement(tracked, assignment, decode, considered, output, now_s)
 
     def roomiest(self, tracked: Tracked, now_s: float) -> Lease | None:
         """The decode worker with most free KV, room or not; for a prompt that one worker serves, that worker."""
@@ -178,29 +179,27 @@ class Planner:
         tracked.output = made_for, estimate
         return estimate
 
-    def _decode_worker(
+    def _decode_considered(
         self, tracked: Tracked, leases: Sequence[Lease], output: OutputEstimate, worker: Lease, closed: ReplicaId | None
-    ) -> Lease | None:
-        """The least predicted seconds from the first token of `worker` to the last, hand-off included, among those with room.
+    ) -> tuple[DecodeConsidered, ...]:
+        """Decode workers with room, or of very many a few: predicted seconds from the first token of `worker` to the last.
 
-        Those come last whose step would be longer than the TPOT objective of the request, or of one that decodes there. Ties go to
-        fewer requests, then to the lower id.
+        Those are too slow whose step would be longer than the TPOT objective of the request, or of one that decodes there.
         """
-        leases = self._shortlist.for_decode(leases)
         estimator, rates, total_tokens = self._estimator, Rates(self._predictor), tracked.total_tokens
         gaps_s, steps = self._handoff_gaps_s(tracked, worker), max(1.0, output.mean_tokens)
         own_limit_s, limit_s = tracked.request.slo.tpot_s or inf, self._objectives.tpot_s
-
-        def cost(choice: tuple[Lease, ReplicaLoad]) -> tuple[bool, float, int, ReplicaId]:
-            lease, load = choice
-            tpot_s = estimator.tpot_s(rates, lease, load, total_tokens, output)
-            is_too_slow = tpot_s > min(own_limit_s, limit_s(lease.replica_id))
-            return is_too_slow, tpot_s * steps + gaps_s[lease.node == worker.node], load.running_requests, lease.replica_id
-
-        choices = ((lease, self._ledger.view(lease.replica_id)) for lease in leases if lease.replica_id != closed)
-        roomy = (choice for choice in choices if estimator.has_room(*choice, total_tokens, output))
-        best = min(roomy, key=cost, default=None)
-        return None if best is None else best[0]
+        considered = []
+        for lease in self._shortlist.for_decode(leases):
+            replica_id = lease.replica_id
+            load = self._ledger.view(replica_id)
+            if replica_id == closed or not estimator.has_room(lease, load, total_tokens, output):
+                continue
+            tpot_s, gap_s = estimator.tpot_s(rates, lease, load, total_tokens, output), gaps_s[lease.node == worker.node]
+            is_too_slow = tpot_s > min(own_limit_s, limit_s(replica_id))
+            rest_s = tpot_s * steps + gap_s
+            considered.append(DecodeConsidered(lease, tpot_s, gap_s, rest_s, is_too_slow, load.running_requests, load.kv_tokens))
+        return tuple(considered)
 
     def _work(self, lease: Lease, load: ReplicaLoad, tracked: Tracked) -> EngineWork:
         """The decode worker's, with this request in its batch."""
@@ -211,7 +210,15 @@ class Planner:
             kv_tokens=load.kv_tokens + tracked.total_tokens,
         )
 
-    def _placement(self, tracked: Tracked, assignment: Assignment, decode: Lease, output: OutputEstimate, now_s: float) -> Placement:
+    def _placement(
+        self,
+        tracked: Tracked,
+        assignment: Assignment,
+        decode: Lease,
+        considered: tuple[DecodeConsidered, ...],
+        output: OutputEstimate,
+        now_s: float,
+    ) -> Placement:
         predictor, model = self._predictor, tracked.request.model
         worker = assignment.worker
         is_same_node = worker.node == decode.node
@@ -237,6 +244,7 @@ class Planner:
             handoff_gap=gap,
             e2e=predictor.e2e(model, ttft=(tracked.first_assignment or assignment).ttft, tpot=tpot, output=output, handoff_gap=gap),
             output=output,
+            considered=considered,
         )
 
     # Inside.
@@ -374,3 +382,7 @@ class Planner:
 def _fresh(tracked: Tracked, leases: Sequence[Lease]) -> list[Lease]:
     holders = ((lease, (lease.replica_id, lease.incarnation)) for lease in leases)
     return [lease for lease, holder in holders if holder not in tracked.avoid and holder != tracked.moved_from]
+
+
+def _rank(one: DecodeConsidered) -> tuple[bool, float, int, ReplicaId]:
+    return one.rank

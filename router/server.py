@@ -19,7 +19,7 @@ from router.workers import Workers
 from tandem.convert import lease_to_pb, load_to_pb, receipt_to_pb, role_from_pb, role_to_pb
 from tandem.domain import Lease, ModelId, PlannedWorker, ReplicaId, ReplicaTarget, Request, Role
 from tandem.errors import CancelledRequestError, InvalidRequestError, NotBuiltError, NotFoundError, PreconditionError, Reason
-from tandem.explanation import Candidate, Explanation, explanation_to_pb
+from tandem.explanation import Candidate, Explanation, Part, explanation_to_pb
 from tandem.membership import MemberKind
 from tandem.rpc import ServerCall, service
 from tandem.rpc import call as rpc_call
@@ -122,16 +122,20 @@ class RouterService:
             )
         request_id, decision = remembered
         assignment = decision.placement.assignment
-        candidates = tuple(
+        prompt = [
             Candidate(
                 worker=planned(one.lease),
-                is_one_worker=one.is_one_worker,
+                part=Part.BOTH if one.is_one_worker else Part.PREFILL,
                 is_chosen=one.lease == assignment.worker and one.is_one_worker == (not assignment.prefill),
                 terms=one.terms(),
             )
             for one in assignment.considered
-        )
-        found = Explanation(request_id=request_id, plan=decision.plan, candidates=candidates, receipt=decision.receipt)
+        ]
+        rest = [
+            Candidate(worker=planned(one.lease), part=Part.DECODE, is_chosen=one.lease == decision.placement.decode, terms=one.terms())
+            for one in sorted(decision.placement.considered, key=lambda one: one.rank)
+        ]
+        found = Explanation(request_id=request_id, plan=decision.plan, candidates=(*prompt, *rest), receipt=decision.receipt)
         return explanation_to_pb(found)
 
 

@@ -9,9 +9,10 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tandem.explanation import Explanation
+    from tandem.explanation import Candidate, Explanation
 
 _COLUMNS = ("cached_tokens", "fetched_tokens", "ahead_s", "wait_s", "own_s", "others_s", "total_s")  # total_s: all other seconds
+_DECODE_COLUMNS = ("running_requests", "kv_tokens", "tpot_s", "handoff_gap_s", "rest_s", "is_too_slow")  # rest_s: first token to last
 
 
 def explain(
@@ -37,6 +38,8 @@ def explain(
     found = _ask_each(resolve_endpoint(endpoint).split(","), request_id, timeout_s)
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
     console.print(candidates_table(found))
+    if (decode := decode_table(found)).row_count:
+        console.print(decode)
     console.print(outcome_table(found))
     if json is not None:
         write_report(json, {"schema": "tandem.explain/1", **dataclasses.asdict(found)})
@@ -58,24 +61,37 @@ def _ask_each(routers: Sequence[str], request_id: str, timeout_s: float) -> "Exp
 
 
 def candidates_table(explanation: "Explanation") -> "Table":
-    """One row a candidate, best first."""
-    from rich.table import Table
+    """One row a candidate for the prompt, best first."""
+    from tandem.explanation import Part
 
     plan = explanation.plan
     where = " > ".join([*(worker.replica_id for worker in plan.prefill[:1]), plan.decode.replica_id])
     why = f" ({plan.one_worker_reason})" if plan.one_worker_reason else ""
-    table = Table("", "worker", "does", title=f"{explanation.request_id}: {where}{why}")
-    for heading in _COLUMNS:
+    candidates = [one for one in explanation.candidates if one.part is not Part.DECODE]
+    return _table(f"{explanation.request_id}: {where}{why}", candidates, _COLUMNS)
+
+
+def decode_table(explanation: "Explanation") -> "Table":
+    """One row a candidate for the tokens after the first, best first; none where one worker does both."""
+    from tandem.explanation import Part
+
+    candidates = [one for one in explanation.candidates if one.part is Part.DECODE]
+    return _table("decode workers with room", candidates, _DECODE_COLUMNS)
+
+
+def _table(title: str, candidates: "Sequence[Candidate]", columns: Sequence[str]) -> "Table":
+    from rich.table import Table
+
+    table = Table("", "worker", "does", title=title)
+    for heading in columns:
         table.add_column(heading, justify="right")
-    for candidate in explanation.candidates:
-        values = [candidate.term(name) for name in _COLUMNS]
+    for candidate in candidates:
+        values = [candidate.term(name) for name in columns]
         cells = [
-            "" if value is None else f"{value:.0f}" if name.endswith("tokens") else f"{value:.4f}"
-            for name, value in zip(_COLUMNS, values, strict=True)
+            "" if value is None else f"{value:.4f}" if name.endswith("_s") else f"{value:.0f}"
+            for name, value in zip(columns, values, strict=True)
         ]
-        table.add_row(
-            "*" if candidate.is_chosen else "", candidate.worker.replica_id, "both" if candidate.is_one_worker else "prefill", *cells
-        )
+        table.add_row("*" if candidate.is_chosen else "", candidate.worker.replica_id, candidate.part, *cells)
     return table
 
 

@@ -1,6 +1,7 @@
 """Why a request went where it went: the plan, the candidates with their terms, and what it came to. Plain values from `Router.Explain`."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tandem.convert import plan_from_pb, plan_to_pb, receipt_from_pb, receipt_to_pb
 from tandem.domain import Plan, PlannedWorker, PredictedTerm, Receipt
@@ -8,12 +9,20 @@ from tandem.v1 import common_pb2, router_pb2
 from tandem.wire import from_message, to_message
 
 
+class Part(StrEnum):
+    """What of a request a worker was considered for."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A worker that was considered for the prompt; `is_one_worker`: for all of the request. Terms in seconds and tokens, as named."""
+    """A worker that was considered for a part of the request. Terms in seconds and tokens, as named."""
 
     worker: PlannedWorker
-    is_one_worker: bool
+    part: Part
     is_chosen: bool
     terms: tuple[PredictedTerm, ...]
 
@@ -24,8 +33,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """Of one request's last attempt. Candidates best first; no receipt: it has not ended well, or not yet.
+    """Of one request's last attempt. Candidates for the prompt first, each part's best first.
 
+    No receipt: it has not ended well, or not yet.
     `request_id` is the router's own: what was asked for, and what the router added to it.
     """
 
@@ -41,8 +51,8 @@ def explanation_to_pb(explanation: Explanation) -> router_pb2.ExplainResponse:
     for candidate in explanation.candidates:
         worker = to_message(common_pb2.PlannedWorker, "candidate", candidate.worker)
         terms = [to_message(common_pb2.PredictedTerm, "terms", term) for term in candidate.terms]
-        part = {"decode": worker} if candidate.is_one_worker else {"prefill": worker}
-        message.candidates.append(router_pb2.Candidate(terms=terms, is_chosen=candidate.is_chosen, **part))
+        parts = (Part.PREFILL, Part.DECODE) if candidate.part is Part.BOTH else (candidate.part,)
+        message.candidates.append(router_pb2.Candidate(terms=terms, is_chosen=candidate.is_chosen, **dict.fromkeys(parts, worker)))
     if explanation.receipt is not None:
         message.receipt.CopyFrom(receipt_to_pb(explanation.receipt))
     return message
@@ -59,10 +69,10 @@ def explanation_from_pb(message: router_pb2.ExplainResponse) -> Explanation:
 
 
 def _candidate(message: router_pb2.Candidate) -> Candidate:
-    is_one_worker = message.HasField("decode")
+    decodes, prefills = message.HasField("decode"), message.HasField("prefill")
     return Candidate(
-        worker=from_message(PlannedWorker, message.decode if is_one_worker else message.prefill),
-        is_one_worker=is_one_worker,
+        worker=from_message(PlannedWorker, message.decode if decodes else message.prefill),
+        part=Part.BOTH if decodes and prefills else Part.DECODE if decodes else Part.PREFILL,
         is_chosen=message.is_chosen,
         terms=tuple(from_message(PredictedTerm, term) for term in message.terms),
     )

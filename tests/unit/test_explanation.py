@@ -11,8 +11,8 @@ from router.server import RouterService
 from router.shell import RouterShell
 from tandem.domain import PredictedTerm, Receipt, RequestId
 from tandem.errors import NotFoundError
-from tandem.explain_cli import candidates_table, outcome_table
-from tandem.explanation import Explanation, explanation_from_pb, explanation_to_pb
+from tandem.explain_cli import candidates_table, decode_table, outcome_table
+from tandem.explanation import Explanation, Part, explanation_from_pb, explanation_to_pb
 from tandem.rpc import ServerCall
 from tandem.v1 import router_pb2
 from tests.core_talk import R1, make_core, only_dispatch, submit
@@ -33,18 +33,30 @@ async def explained(core: RouterCore, request_id: str = "r1") -> Explanation:
 
 
 async def test_candidates_come_with_their_terms_and_the_chosen_one_is_marked() -> None:
-    core = make_core(replicas=("prefill-0", "prefill-1", "decode-0"))
+    core = make_core(replicas=("prefill-0", "prefill-1", "decode-0", "decode-1"))
     plan = only_dispatch(submit(core)).plan
     found = await explained(core)
     assert found.plan.prefill == plan.prefill
-    assert [candidate.worker.replica_id for candidate in found.candidates] == ["prefill-0", "prefill-1"]
-    assert [candidate.is_chosen for candidate in found.candidates] == [True, False]
+    assert [(one.worker.replica_id, one.part) for one in found.candidates] == [
+        ("prefill-0", Part.PREFILL),
+        ("prefill-1", Part.PREFILL),
+        ("decode-0", Part.DECODE),
+        ("decode-1", Part.DECODE),
+    ]
+    assert [candidate.is_chosen for candidate in found.candidates] == [True, False, True, False]
     first = found.candidates[0]
     assert first.term("total_s") == pytest.approx((first.term("ahead_s") or 0.0) + (first.term("own_s") or 0.0))
     assert first.term("nothing") is None
     assert found.receipt is None
     assert "not ended" in str(outcome_table(found).title)
     assert candidates_table(found).row_count == 2
+    decode = found.candidates[2]
+    assert (decode.term("running_requests"), decode.term("is_too_slow")) == (0.0, 0.0)
+    tpot_s, gap_s, rest_s = (decode.term(name) or 0.0 for name in ("tpot_s", "handoff_gap_s", "rest_s"))
+    output_tokens = next(term.predicted for term in plan.predicted if term.name == "output_tokens")
+    assert rest_s == pytest.approx(tpot_s * output_tokens + gap_s)
+    assert rest_s > gap_s > 0.0
+    assert decode_table(found).row_count == 2
 
 
 async def test_the_terms_that_are_shown_add_up_where_blocks_are_fetched() -> None:
@@ -63,7 +75,7 @@ async def test_one_worker_for_all_is_told_apart() -> None:
     core = make_core()
     submit(core, prompt_tokens=10)
     found = await explained(core)
-    assert [(one.worker.replica_id, one.is_one_worker, one.is_chosen) for one in found.candidates] == [("decode-0", True, True)]
+    assert [(one.worker.replica_id, one.part, one.is_chosen) for one in found.candidates] == [("decode-0", Part.BOTH, True)]
     assert "short_prompt" in str(candidates_table(found).title)
 
 
