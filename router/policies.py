@@ -53,18 +53,18 @@ class SglangParameters:
 class DynamoParameters:
     """Dynamo's KV router: blocks to prefill, less a credit for overlap, plus blocks held, plus a weight for each request."""
 
-    prefill_scale: float = 4.0
+    prefill_scale: float = 16.0
     overlap_credit: float = 1.0
-    request_blocks: float = 16.0
+    request_blocks: float = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlmdParameters:
     """llm-d: weights of scores in 0..1."""
 
-    prefix_weight: float = 1.0
-    queue_weight: float = 1.0
-    kv_weight: float = 10.0
+    prefix_weight: float = 3.0
+    queue_weight: float = 2.0
+    kv_weight: float = 40.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

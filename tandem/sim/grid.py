@@ -1,8 +1,7 @@
 """The parameters that other routers' policies were tuned over, and which were best. Must not run anything.
 
-The defaults in `router/policies.py` are the best of this grid: least mean TTFT in the setting `local` on the first 3,000 requests of the
-conversation trace, on a seed that no comparison uses. To find them anew:
-`tandem simulate --tune --trace PATH --requests 3000 --setting local --seeds 1`.
+The defaults in `router/policies.py` are the best of this grid: the least sum of the mean TTFTs in both settings, on the first 3,000 requests
+of the conversation trace, on two seeds that no comparison uses. To find them anew: `tandem simulate --tune --trace PATH --requests 3000 --seeds 2`.
 """
 
 from collections.abc import Mapping, Sequence
