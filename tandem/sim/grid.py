@@ -1,7 +1,8 @@
 """The parameters that other routers' policies were tuned over, and which were best. Must not run anything.
 
-The defaults in `router/policies.py` are the best of this grid: the least sum of the mean TTFTs in both settings, on the first 3,000 requests
-of the conversation trace, on two seeds that no comparison uses. To find them anew: `tandem simulate --tune --trace PATH --requests 3000 --seeds 2`.
+The defaults in `router/policies.py` are the best of this grid: the least sum of the mean TTFTs in both settings, on the first
+3,000 requests of the conversation trace, on two seeds that no comparison uses. To find them anew:
+`tandem simulate --tune --trace PATH --requests 3000 --seeds 2`.
 """
 
 from collections.abc import Mapping, Sequence
