@@ -138,6 +138,13 @@ async def stage(zygote_socket: Path | None) -> AsyncIterator[Stage]:
         await platform.stop()
 
 
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def settled(stage: Stage) -> AsyncIterator[None]:
+    """Whatever became of the test before."""
+    await stage.settle()
+    yield
+
+
 @pytest.mark.parametrize("at", [40, 150])
 async def test_a_killed_decode_worker_costs_two_blocks_at_most(stage: Stage, at: int) -> None:
     token_ids = stage.prompts.next(1000)
@@ -150,7 +157,6 @@ async def test_a_killed_decode_worker_costs_two_blocks_at_most(stage: Stage, at:
     assert seen.receipt is not None
     assert (seen.receipt.attempts, seen.receipt.one_worker_reason) == (2, "continuation")
     assert seen.receipt.decode_recomputed_tokens <= 2 * BLOCK_TOKENS
-    await stage.settle()
 
 
 async def test_json_by_schema_goes_on_in_the_middle_of_its_object(stage: Stage) -> None:
@@ -160,12 +166,16 @@ async def test_json_by_schema_goes_on_in_the_middle_of_its_object(stage: Stage) 
     async def kill() -> None:
         stage.kill(await stage.busy_decode())
 
-    seen = await stage.run(token_ids, at=9, act=kill, ignore_eos=False, **options)
-    assert seen.receipt is not None
-    assert seen.receipt.attempts == 2
+    for _ in range(3):  # the object is short: where its tokens are read late the kill comes after its end
+        seen = await stage.run(token_ids, at=9, act=kill, ignore_eos=False, **options)
+        assert seen.receipt is not None
+        attempts = seen.receipt.attempts
+        if attempts > 1:
+            break
+        await stage.settle()
+    assert attempts == 2
     assert set(json.loads(seen.text)) == {"name", "count", "is_new"}
     assert seen.token_ids == await stage.expected(token_ids, ignore_eos=False, **options)
-    await stage.settle()
 
 
 async def test_a_decode_worker_that_hangs_is_replaced_and_cannot_deliver_when_it_comes_back(stage: Stage) -> None:
@@ -183,7 +193,6 @@ async def test_a_decode_worker_that_hangs_is_replaced_and_cannot_deliver_when_it
     assert seen.token_ids == await stage.expected(token_ids)
     assert seen.receipt is not None
     assert seen.receipt.attempts == 2
-    await stage.settle()
 
 
 async def test_a_killed_router_is_replaced_by_the_other_one(stage: Stage) -> None:
@@ -199,7 +208,6 @@ async def test_a_killed_router_is_replaced_by_the_other_one(stage: Stage) -> Non
     assert seen.receipt is not None
     assert (seen.receipt.attempts, seen.receipt.router_id) == (2, "router-1")
     assert seen.receipt.decode_recomputed_tokens <= 2 * BLOCK_TOKENS
-    await stage.settle()
 
 
 async def test_a_killed_prefill_worker_costs_the_chunks_that_were_not_published(stage: Stage) -> None:
@@ -225,13 +233,11 @@ async def test_a_killed_prefill_worker_costs_the_chunks_that_were_not_published(
     assert seen.receipt is not None
     assert seen.receipt.attempts == 1  # the decode worker saw to it
     assert len(token_ids) - seen.receipt.cached_tokens <= (chunks - published + 1) * CHUNK_TOKENS
-    await stage.settle()
 
 
 async def test_32_streams_of_a_drained_worker_go_on_elsewhere(stage: Stage) -> None:
     prompts = [stage.prompts.next(64) for _ in range(32)]
     expected = await asyncio.gather(*(stage.expected(token_ids, 2 * OUTPUT_TOKENS) for token_ids in prompts))
-    await stage.settle()
     stage.kill("decode-1")  # so that all of them begin on the other one
     begun, running = asyncio.Event(), 0
 
@@ -254,4 +260,3 @@ async def test_32_streams_of_a_drained_worker_go_on_elsewhere(stage: Stage) -> N
     seen = [stream.result() for stream in streams]
     assert [one.token_ids for one in seen] == list(expected)
     assert {one.receipt.decode_replica_id for one in seen if one.receipt is not None} == {"decode-1"}
-    await stage.settle()
