@@ -110,7 +110,7 @@ class Losses:
             with contextlib.ExitStack() as held:
 
                 async def act(held: contextlib.ExitStack = held) -> None:
-                    victim = self._held((await self._busy_decode())[0])
+                    victim = self._held(await self._busy_decode())
                     held.callback(victim.close)
                     victim.send(how)
 
@@ -230,9 +230,15 @@ class Losses:
     async def _decode_are(self, names: Sequence[str]) -> bool:
         return await self._decode() == list(names)
 
-    async def _busy_decode(self) -> list[str]:
-        status = await self._client.status()
-        return [one.lease.replica_id for one in status.replicas if one.lease.role is Role.DECODE and one.load.running_requests]
+    async def _busy_decode(self) -> str:
+        """The decode replica that runs something, once it is known which."""
+        async with asyncio.timeout(_RECOVERY_S):
+            while True:
+                status = await self._client.status()
+                busy = [one.lease.replica_id for one in status.replicas if one.lease.role is Role.DECODE and one.load.running_requests]
+                if busy:
+                    return busy[0]
+                await asyncio.sleep(_LOOK_S)
 
     async def _running(self, name: str) -> int:
         """Requests that a replica says it runs; none where it is gone."""

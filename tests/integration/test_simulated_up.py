@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tandem.cluster_view import ClusterStatus
 from tandem.engine.model_files import bundled_model_path
 from tandem.engine.simulated_tokens import TokenDraws
 from tandem.engine.token_text import load_tokenizer, whole_words
@@ -94,6 +95,10 @@ def test_a_replica_is_light_and_has_neither_vllm_nor_torch(run: Run) -> None:
         assert not any("/torch/" in item.path or "/vllm/" in item.path for item in process.memory_maps())
 
 
+def busy_ids(status: ClusterStatus) -> list[str]:
+    return [item.lease.replica_id for item in status.replicas if item.load.running_requests]
+
+
 def test_output_goes_on_with_the_same_tokens_after_its_worker_is_killed(run: Run) -> None:
     token_ids = prompt(2)
     received: list[int] = []
@@ -103,10 +108,10 @@ def test_output_goes_on_with_the_same_tokens_after_its_worker_is_killed(run: Run
             received += chunk.token_ids
             if not is_killed and len(received) >= 20:
                 is_killed = True
-                status = client.status()
-                (busy,) = [item for item in status.replicas if item.load.running_requests]
+                wait_for(lambda: len(busy_ids(client.status())) == 1)  # its load is reported five times a second
+                (busy_id,) = busy_ids(client.status())
                 for process in run.processes("replica"):
-                    if f'"{busy.lease.replica_id}"' in " ".join(psutil.Process(process.pid).cmdline()):
+                    if f'"{busy_id}"' in " ".join(psutil.Process(process.pid).cmdline()):
                         os.kill(process.pid, signal.SIGKILL)
         receipt = stream.receipt
     assert tuple(received) == expected(token_ids, OUTPUT_TOKENS)
