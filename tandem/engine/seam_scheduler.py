@@ -5,6 +5,8 @@ Has the steps measured too, for the engine core calls the scheduler at a step's 
 """
 
 import time
+from collections import deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from tandem.engine.block_events import BlockEvents, with_blocks
@@ -32,6 +34,8 @@ class SeamScheduler(Scheduler):
         die_with_parent()  # in the engine's process: without it an engine outlives its killed replica for ever
         self._meter = StepMeter()
         self._sample: StepSample | None = None  # of the step that is ending
+        # By running requests that were ended from outside since the last step but one, which a step may still be computing.
+        self._aborted_blocks = deque[list[Sequence[int]]]([[]], maxlen=2)
         super().__init__(*arguments, **options)
         self._block_events = BlockEvents(self.kv_cache_manager.block_pool)
 
@@ -51,7 +55,43 @@ class SeamScheduler(Scheduler):
         """Ends a step; its sample leaves with its stats."""
         self._sample = self._meter.ended(scheduler_output, time.perf_counter())
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        self._aborted_blocks.append([])
         return outputs
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        """Ends requests from outside; in the midst of a step too, whose loads may turn out to have failed."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(self.requests if request_ids is None else request_ids)
+        running = [request_id for request_id in ids if (one := self.requests.get(request_id)) and one.status is RequestStatus.RUNNING]
+        self._aborted_blocks[-1] += [self.kv_cache_manager.get_block_ids(request_id)[0] for request_id in running]
+        return list(super().finish_requests(ids, finished_status))
+
+    def _handle_invalid_blocks(self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
+        """What could not be loaded is not left in the prefix cache where its request was aborted meanwhile, which vLLM does not see."""
+        for block_ids in (one for ended in self._aborted_blocks for one in ended):
+            first = next((place for place, block_id in enumerate(block_ids) if block_id in invalid_block_ids), len(block_ids))
+            self.kv_cache_manager.evict_blocks(set(block_ids[first:]))
+        return set(super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens))
+
+    def _update_requests_with_invalid_blocks(
+        self,
+        requests: Iterable[Request],
+        invalid_block_ids: set[int],
+        num_scheduled_tokens: dict[str, int],
+        evict_blocks: bool = True,
+    ) -> tuple[set[str], int, set[int]]:
+        """Each request computes for itself what could not be loaded, and the prefix cache forgets it and all that follows from it.
+
+        vLLM has one of those that share such a block compute it for all, and has it found in the cache at once: where that one is aborted,
+        preempted or has no place in the next step, the others go on with what was in the block before.
+        """
+        affected, affected_tokens, evicted = set[str](), 0, set[int]()
+        for request in requests:
+            found = super()._update_requests_with_invalid_blocks([request], invalid_block_ids, num_scheduled_tokens, evict_blocks)
+            affected |= found[0]
+            affected_tokens += found[1]
+            evicted |= found[2]
+        self.kv_cache_manager.evict_blocks(evicted)
+        return affected, affected_tokens, evicted
 
     def make_stats(self, *arguments: Any, **options: Any) -> SchedulerStats | None:
         """Stats of the step that is ending."""

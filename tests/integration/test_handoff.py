@@ -139,6 +139,38 @@ async def test_a_byte_flipped_in_every_tenth_block_is_recomputed_and_counted(clu
         await cluster.platform.remove_replica(name)
 
 
+async def test_a_request_that_is_aborted_while_its_load_fails_leaves_nothing_for_others(cluster: Cluster) -> None:
+    """vLLM handles aborts between a step's loads and their result: what was not loaded must not be found in its prefix cache then."""
+    writer = DirectCaller(cluster.platform.replicas["decode-0"])
+    reader = DirectCaller(await cluster.platform.add_replica(Role.DECODE, "fresh-aborts"))
+    rng, blocks = random.Random(7), ArenaBlocks(cluster.platform.store_dir)
+
+    async def later(token_ids: list[int]) -> list[int]:
+        await asyncio.sleep(rng.uniform(0.0, 0.04))
+        return (await reader.run(token_ids, 16)).token_ids
+
+    for _ in range(10):
+        cases = [cluster.prompts.next(rng.randint(150, 1500)) for _ in range(3)]
+        expected = [(await cluster.plain.run(token_ids, 16)).token_ids for token_ids in cases]
+        for token_ids in cases:
+            await writer.run(token_ids, 1)
+            for wanted in await published_blocks(blocks, token_ids):
+                if rng.random() < 0.3:
+                    blocks.flip(wanted, rng.randrange(len(blocks.payload(wanted))), 1 << rng.randrange(8))
+        aborted = [asyncio.create_task(later(token_ids)) for token_ids in cases]
+        others = [asyncio.create_task(later(token_ids)) for token_ids in cases]
+        for task in aborted:
+            await asyncio.sleep(rng.uniform(0.0, 0.03))
+            task.cancel()
+        await asyncio.gather(*aborted, return_exceptions=True)
+        assert await asyncio.gather(*others) == expected
+        assert [await later(token_ids) for token_ids in cases] == expected
+    blocks.close()
+    for one in (writer, reader):
+        await one.close()
+    await cluster.platform.remove_replica("fresh-aborts")
+
+
 async def published_blocks(blocks: ArenaBlocks, token_ids: list[int]) -> list[BlockKey]:
     """The prompt's blocks, in order, once they are all there."""
     wanted = block_hashes(token_ids, 32)
