@@ -3,10 +3,10 @@
 Each block may be in either of two rows of 8 cells, and goes into the emptier one. Where both are full the cell of the 16 that was used
 longest ago is taken, so nothing ever grows, moves or waits: no call does work for any block but its own. 20 bytes a cell.
 
-Must not load what is compiled: a `Probe` is given to it, and without one numpy does the work.
+Must not load what is compiled: a `BindProbe` is given to it, and without one numpy does the work.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +19,24 @@ _LOWER_HALF = np.uint64(0xFFFF_FFFF)
 
 Cells = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.uint32]
-# Of keys (n,) in a table's keys and numbers (rows, 8): the cell of each, or any of its rows, and its number, or 0.
-Probe = Callable[[ShortHashes, Numbers, ShortHashes], tuple[Cells, Numbers]]
+# Of keys (n,) in a table: the cell of each, or any of its rows, and its number, or 0.
+Probe = Callable[[ShortHashes], tuple[Cells, Numbers]]
+BindProbe = Callable[[ShortHashes, Numbers], Probe]  # to a table's keys and numbers, (rows, 8) each
 _NONE_EVICTED: Numbers = np.zeros(0, np.uint32)
 
 
 class BlockTable:
     """Up to `max_blocks` blocks. Nothing is evicted before about nine in ten cells are taken; then what is among the oldest tenth."""
 
-    def __init__(self, max_blocks: int, probe: Probe | None = None) -> None:
+    def __init__(self, max_blocks: int, bind_probe: BindProbe | None = None) -> None:
         self._ways = min(_WAYS, max_blocks)
-        self._probe = probe if self._ways == _WAYS else None
         num_rows = max(1, max_blocks // self._ways)
         self._num_rows = np.uint64(num_rows)
         shape = (num_rows, self._ways)
         self._keys = np.zeros(shape, np.uint64)
         self._numbers = np.zeros(shape, np.uint32)
         self._used = np.zeros(shape, np.int64)  # when, in blocks used so far; 0: empty
+        self._probe = bind_probe(self._keys, self._numbers) if bind_probe is not None and self._ways == _WAYS else None
         self._key_of, self._number_of, self._used_of = self._keys.reshape(-1), self._numbers.reshape(-1), self._used.reshape(-1)
         self._clock = 0
 
@@ -52,7 +53,7 @@ class BlockTable:
     def look_up(self, keys: ShortHashes) -> Numbers:
         """The number of each block, 0 where it is not there; about 30 ns a block and 5 us a call, without a probe 80 ns and 20 us."""
         if self._probe is not None:
-            return self._probe(self._keys, self._numbers, keys)[1]
+            return self._probe(keys)[1]
         cells = self._likely(keys)
         numbers: Numbers = self._number_of.take(cells)
         numbers *= self._key_of.take(cells) == keys
@@ -98,11 +99,12 @@ class BlockTable:
         is_there = self._key_of.take(cells) == keys
         return cells if is_there.all() else cells[is_there], evicted[0] if len(evicted) == 1 else np.concatenate(evicted)
 
-    def set_numbers(self, cells: Cells, numbers: Sequence[int]) -> None:
+    def set_numbers(self, cells: Cells, numbers: Numbers) -> None:
         """What these cells stand for from now on; a cell of number 0 is the first to be taken."""
         self._number_of[cells] = numbers
-        if 0 in numbers:
-            self._used_of[cells[self._number_of[cells] == 0]] = 0
+        is_empty = numbers == 0
+        if is_empty.any():
+            self._used_of[cells[is_empty]] = 0
 
     def _rows(self, keys: ShortHashes) -> Cells:
         """The two rows of each block (n, 2): by the upper and the lower half of its hash, scaled."""
@@ -116,7 +118,7 @@ class BlockTable:
     def _likely(self, keys: ShortHashes) -> Cells:
         """The cell of each block if it is there, else any of its rows."""
         if self._probe is not None:
-            return self._probe(self._keys, self._numbers, keys)[0]
+            return self._probe(keys)[0]
         rows = self._rows(keys)
         both = self._keys.take(rows, axis=0).reshape(len(keys), 2 * self._ways)
         return self._cells(rows, (both == keys[:, None]).argmax(axis=1))

@@ -18,7 +18,7 @@ from random import Random
 
 from router.admission import Admission
 from router.backlog import Backlog
-from router.block_table import Probe
+from router.block_table import BindProbe
 from router.config import RouterConfig
 from router.decisions import Decisions
 from router.estimator import pool_of
@@ -52,7 +52,7 @@ from tandem.step_sample import StepSample
 class RouterCore:
     """All state of one router. `rng` names plans and draws candidates; with the same one, the same events give the same decisions.
 
-    `weights` are fair shares of tenants; 1 where none is given. `parameters` are those of other routers' policies, `probe` looks up blocks.
+    `weights` are fair shares of tenants; 1 where none is given. `parameters` are other routers' policies', `bind_probe` finds blocks.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RouterCore:
         weights: Mapping[str, float] | None = None,
         predictor: LoadPredictor | None = None,
         parameters: PolicyParameters | None = None,
-        probe: Probe | None = None,
+        bind_probe: BindProbe | None = None,
     ) -> None:
         self._config = config
         self._rng = rng
@@ -76,7 +76,7 @@ class RouterCore:
         self._tenant_requests: Counter[str] = Counter()
         self._lengths = OutputLengths()
         self.predictor = predictor or LoadPredictor()
-        self._prefixes = PrefixIndex(config.max_prefix_blocks, probe)
+        self._prefixes = PrefixIndex(config.max_prefix_blocks, bind_probe)
         self._admission = Admission(max_queued_requests=config.max_queued_requests, max_running_requests=config.max_running_requests)
         self._prospects = Prospects(config, self._fleet, self._admission, self.predictor)
         self._planner = Planner(

@@ -96,7 +96,7 @@ def measure_decisions(replicas: int, prompt_blocks: int, decisions: int) -> Deci
 
 def _core(replicas: int) -> RouterCore:
     """With step times learnt, as after a minute's work."""
-    core = RouterCore(RouterConfig(max_running_requests=100_000, max_queued_requests=100_000), Random(1), probe=load_probe())
+    core = RouterCore(RouterConfig(max_running_requests=100_000, max_queued_requests=100_000), Random(1), bind_probe=load_probe())
     engine = EngineInfo(
         block_size_tokens=_BLOCK_TOKENS,
         context_tokens=1 << 17,

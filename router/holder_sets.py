@@ -6,6 +6,10 @@ Must not know which blocks: it counts them only, so that a set that no block has
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from router.block_table import Numbers
+
 NOBODY = 0  # the number of the empty set
 
 
@@ -30,21 +34,28 @@ class HolderSets:
         """The set's bits."""
         return self._masks[number]
 
-    def change(self, numbers: list[int], changed: Callable[[int], int]) -> list[int]:
-        """The blocks that had these sets have others now, `changed` of each mask; the new numbers. O(blocks), the masks O(sets)."""
-        first = numbers[0] if numbers else NOBODY
-        if numbers.count(first) == len(numbers):  # as blocks of one chain mostly have
-            mask = self._masks[first]
-            if changed(mask) == mask:
-                return numbers
-        counts = Counter(numbers)
-        new = {}
-        for number, blocks in counts.items():
-            mask = self._masks[number]
-            new[number] = self._add(changed(mask), blocks)
+    def change(self, numbers: Numbers, changed: Callable[[int], int]) -> Numbers | None:
+        """The blocks that had these sets have others now, `changed` of each mask: the new numbers, None where nothing changes.
+
+        O(blocks), the masks O(sets).
+        """
+        if not len(numbers):
+            return None
+        first = int(numbers[0])
+        if (numbers == first).all():  # as blocks of one chain mostly have
+            old = self._masks[first]
+            mask = changed(old)
+            if mask == old:
+                return None
+            number = self._add(mask, len(numbers))
+            self._release(first, len(numbers))
+            return np.full(len(numbers), number, np.uint32)
+        listed = numbers.tolist()
+        counts = Counter(listed)
+        new = {number: self._add(changed(self._masks[number]), blocks) for number, blocks in counts.items()}
         for number, blocks in counts.items():
             self._release(number, blocks)
-        return [new[number] for number in numbers]
+        return np.array([new[number] for number in listed], np.uint32)
 
     def forget(self, numbers: Sequence[int]) -> None:
         """Blocks that had these sets are gone."""

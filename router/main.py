@@ -204,7 +204,7 @@ async def _serve(config: RouterConfig, tenants: Sequence[Tenant], options: argpa
 
 def _core(config: RouterConfig, weights: Mapping[str, float], options: argparse.Namespace) -> tuple[RouterCore, EventLogFile | None]:
     if options.event_log is None:
-        return RouterCore(config, Random(), weights=weights, probe=load_probe()), None
+        return RouterCore(config, Random(), weights=weights, bind_probe=load_probe()), None
     header = new_header(config, weights=weights)
     event_log = EventLogFile(options.event_log, encode_header(header), max_bytes=options.event_log_bytes)
     return RecordedCore(header, event_log), event_log

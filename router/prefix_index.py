@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from router.block_table import BlockTable, Cells, Probe
+from router.block_table import BindProbe, BlockTable, Cells
 from router.holder_sets import HolderSets
 from tandem.domain import BlockHash, Lease, Namespace, ReplicaId
 from tandem.held_blocks import BlockChange
@@ -54,10 +54,10 @@ class Match(dict[Holder, int]):
 
 
 class PrefixIndex:
-    """Blocks to holders. Holders have slots, blocks have sets of slots as bit masks. `probe` makes it quicker."""
+    """Blocks to holders. Holders have slots, blocks have sets of slots as bit masks. `bind_probe` makes it quicker."""
 
-    def __init__(self, max_blocks: int, probe: Probe | None = None) -> None:
-        self._table = BlockTable(max_blocks, probe)
+    def __init__(self, max_blocks: int, bind_probe: BindProbe | None = None) -> None:
+        self._table = BlockTable(max_blocks, bind_probe)
         self._sets = HolderSets()
         self._slots: dict[Holder | StoreHolder, int] = {}
         self._replica_at: dict[int, Holder] = {}  # by slot
@@ -170,10 +170,9 @@ class PrefixIndex:
 
     def _change(self, cells: Cells, changed: Callable[[int], int]) -> None:
         """What most news is of is known already: of those blocks nothing changes."""
-        numbers = self._table.numbers[cells].tolist()
-        changed_numbers = self._sets.change(numbers, changed)
-        if changed_numbers != numbers:
-            self._table.set_numbers(cells, changed_numbers)
+        numbers = self._sets.change(self._table.numbers[cells], changed)
+        if numbers is not None:
+            self._table.set_numbers(cells, numbers)
 
     def _slot(self, holder: Holder | StoreHolder) -> int:
         slot = self._slots.get(holder)

@@ -78,7 +78,7 @@ class RecordedCore(RouterCore):
     """The core of `header`, whose events go to `records`; the header is written by whoever made it."""
 
     def __init__(self, header: LogHeader, records: Records) -> None:
-        super().__init__(header.config, Random(header.seed), weights=header.weights, probe=load_probe())
+        super().__init__(header.config, Random(header.seed), weights=header.weights, bind_probe=load_probe())
         self._records = records
 
     def submit(

@@ -53,7 +53,7 @@ def replay(path: Path) -> Replay:
     with file:
         reader = LogReader(file)
         header = reader.read_header()
-        core, events, difference = RouterCore(header.config, Random(header.seed), weights=header.weights, probe=load_probe()), 0, None
+        core, events, difference = RouterCore(header.config, Random(header.seed), weights=header.weights, bind_probe=load_probe()), 0, None
         for entry in reader.entries():
             events += 1
             difference = _compared(core, entry, events)

@@ -90,11 +90,16 @@ class Shortlist:
 
     def _best_holder(self, cached: Match, leases: Sequence[Lease]) -> Lease | None:
         """Of these the one that has most leading blocks; ties go to the lower id."""
-        get, role = self._fleet.get, leases[0].role
-        holders = ((replica_id, blocks, get(replica_id)) for (replica_id, _), blocks in cached.items())
-        ranked = sorted((-blocks, replica_id) for replica_id, blocks, lease in holders if lease is not None and lease.role is role)
-        found = (_among(replica_id, leases) for _, replica_id in ranked)
-        return next((lease for lease in found if lease is not None), None)
+        best, best_blocks, role = None, 0, leases[0].role
+        for (replica_id, _), blocks in cached.items():
+            if blocks < best_blocks or (best is not None and blocks == best_blocks and replica_id > best.replica_id):
+                continue
+            known = self._fleet.get(replica_id)
+            if known is not None and known.role is role:  # quicker than to look among the leases
+                lease = _among(replica_id, leases)
+                if lease is not None:
+                    best, best_blocks = lease, blocks
+        return best
 
 
 def _pool(leases: Sequence[Lease]) -> tuple[ModelId, Role]:

@@ -185,7 +185,7 @@ def _core(task: Task, plan: ClusterPlan) -> RouterCore:
         predictor = TrueModel(plan.profile)
     elif scenario.predictor_noise:
         predictor = NoisyPredictor(scenario.predictor_noise, Random(f"predictor {task.seed}"))
-    return RouterCore(config, Random(f"router {task.seed}"), predictor=predictor, parameters=task.parameters, probe=load_probe())
+    return RouterCore(config, Random(f"router {task.seed}"), predictor=predictor, parameters=task.parameters, bind_probe=load_probe())
 
 
 def _without_queue(arrivals: Sequence[Arrival], ideal: Sequence[int], profile: EngineProfile, network: Network) -> list[Outcome]:

@@ -24,16 +24,16 @@ def chosen(rng: Random, known: Sequence[int], count: int) -> ShortHashes:
 
 @given(seed=st.integers(0, 2**32), bound=st.integers(1, 2000), counts=st.lists(st.integers(1, 150), max_size=12))
 def test_both_find_and_evict_the_same(seed: int, bound: int, counts: list[int]) -> None:
-    probe, rng, known = load_probe(), Random(seed), list[int]()
-    assert probe is not None, "router/block_probe.c was not compiled"
-    compiled, plain = BlockTable(bound, probe), BlockTable(bound)
+    bind_probe, rng, known = load_probe(), Random(seed), list[int]()
+    assert bind_probe is not None, "router/block_probe.c was not compiled"
+    compiled, plain = BlockTable(bound, bind_probe), BlockTable(bound)
     for count in counts:
         keys = chosen(rng, known, count)
         known += keys.tolist()
         (cells, evicted), (plain_cells, plain_evicted) = compiled.claim(keys), plain.claim(keys)
         assert cells.tolist() == plain_cells.tolist()
         assert evicted.tolist() == plain_evicted.tolist()
-        numbers = [rng.randrange(5) for _ in cells]
+        numbers = np.array([rng.randrange(5) for _ in cells], np.uint32)
         for table in (compiled, plain):
             table.set_numbers(cells, numbers)
         asked = chosen(rng, known, 64)[::2]
