@@ -148,7 +148,7 @@ class RouterCore:
 
         Raises InvalidRequestError where its id is in use, for then the id names another request.
         """
-        request_id, model = request.request_id, request.model
+        request_id, model, assignment = request.request_id, request.model, None
         if request_id in self._requests:
             raise InvalidRequestError("request_id", f"a request {request_id!r} is being served")
         try:
@@ -175,12 +175,14 @@ class RouterCore:
             if assignment is not None and not is_begun:
                 self._prospects.check(tracked, assignment, now_s)
         except TandemError as error:
+            self.decisions.refused(request_id, error, assignment)
             return [Reject(request_id=request_id, error=error)]
         self._recent.begun(request_id)
         self._requests[request_id] = tracked
         self._tenant_requests[request.tenant] += 1
         self._tenants.activate(request.tenant)
         tracked.is_predicted = assignment is not None and not is_begun  # choices after the first are timed from the first's arrival
+        self.decisions.began(tracked)
         work_s = self._turns.line_up(tracked, assignment, now_s)
         self._admission.enqueue(request_id, model=model, deadline_s=deadline_s, now_s=now_s, work_s=work_s)
         copies = self.hot_prefixes.note(tracked, assignment, now_s)
@@ -216,14 +218,13 @@ class RouterCore:
         if found is None:
             return []
         tracked, placement = found
-        self.decisions.ended(request_id, receipt)
         if tracked.attempt == tracked.attempts_before + 1:
             learn(self.predictor, self._lengths, tracked, receipt, now_s)
         planned = placement.worker
         if receipt.prefill_replica_id not in ("", planned.replica_id):  # another stepped in: `planned` has what it had before
             cached_blocks = placement.assignment.cached_tokens // planned.engine.block_size_tokens
             self._prefixes.correct(tracked.block_hashes, holder_of(planned), cached_blocks)
-        self._end(tracked, now_s)
+        self._end(tracked, receipt, now_s)
         return self._pump(now_s, placement.worker_ids)
 
     def failed(self, request_id: RequestId, attempt: int, error: TandemError, now_s: float) -> list[Instruction]:
@@ -253,7 +254,7 @@ class RouterCore:
         if tracked is None:
             return []
         placement = tracked.placement
-        self._end(tracked, now_s)
+        self._end(tracked, None, now_s)
         return self._pump(now_s, () if placement is None else placement.worker_ids)
 
     # Events of replicas and of time.
@@ -410,7 +411,7 @@ class RouterCore:
         self.predictor.dispatched(request.model, assignment.work_s, now_s, is_guess=assignment.is_guess)
         self._note_queue(request.model, now_s)
         plan = make_plan(tracked, placement, self._config, plan_id=f"{self._rng.getrandbits(64):016x}", now_s=now_s)
-        self.decisions.placed(request_id, plan, placement)
+        self.decisions.placed(tracked, plan, placement)
         for replica_id in placement.worker_ids:
             self._planner.note_load(replica_id)
         return Dispatch(request_id=request_id, attempt=tracked.attempt, plan=plan)
@@ -438,8 +439,9 @@ class RouterCore:
                 tracked.charged_tokens = 0
             tracked.placement = None
 
-    def _end(self, tracked: Tracked, now_s: float) -> None:
+    def _end(self, tracked: Tracked, outcome: Receipt | TandemError | None, now_s: float) -> None:
         request_id = tracked.request.request_id
+        self.decisions.ended(tracked, outcome)
         self._release(tracked, now_s)
         self._turns.leave(tracked)
         self._admission.end(request_id)
@@ -453,7 +455,7 @@ class RouterCore:
         self._recent.ended(request_id, tracked.attempt, now_s)
 
     def _refuse(self, tracked: Tracked, error: TandemError, now_s: float) -> Reject:
-        self._end(tracked, now_s)
+        self._end(tracked, error, now_s)
         return Reject(request_id=tracked.request.request_id, error=error)
 
     def _lose(self, lease: Lease, now_s: float) -> list[Instruction]:

@@ -1,11 +1,13 @@
-"""The last decisions, to be asked for: what was planned, which candidates there were, how it ended. Must not decide."""
+"""The last requests, to be asked for: what was planned, which candidates there were, how it ended. Must not decide."""
 
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from router.placement import Placement
-from tandem.domain import MAX_REQUEST_ID_CHARS, Plan, Receipt, RequestId
+from router.placement import Assignment, Placement
+from router.tracked import Tracked
+from tandem.domain import MAX_REQUEST_ID_CHARS, Plan, Receipt, RequestId, RequestState
+from tandem.errors import TandemError
 
 _ADDED = re.compile(r"(-[0-9a-f]{8})?(-[0-9]{1,3})?(#[0-9]{1,2})?")  # HTTP call and prompt (openai_request.py), choice (choices.py)
 _CHOICE = re.compile(r"#[0-9]{1,2}$")
@@ -14,15 +16,36 @@ _LEAST_KEPT_CHARS = 112  # of a long id; its end gives way to what is added
 
 @dataclass(slots=True)
 class Decision:
-    """The last attempt of one request; no receipt: it has not ended well, or not yet."""
+    """What is known of one request: of its last attempt, or of its wait for the first one."""
 
-    plan: Plan
-    placement: Placement
+    tracked: Tracked | None  # until it ends
+    plan: Plan | None = None
+    placement: Placement | None = None
     receipt: Receipt | None = None
+    error: TandemError | None = None
+    was_waiting_for: Assignment | None = None
+
+    @property
+    def state(self) -> RequestState:
+        """Where it stands."""
+        if self.tracked is not None:
+            return RequestState.WAITING if self.tracked.placement is None else RequestState.RUNNING
+        if self.receipt is not None:
+            return RequestState.FINISHED
+        if self.error is None:
+            return RequestState.CANCELLED
+        return RequestState.REFUSED if self.plan is None else RequestState.FAILED
+
+    @property
+    def assignment(self) -> Assignment | None:
+        """In whose line it waits, or waited last; None: in nobody's."""
+        if self.state is RequestState.WAITING and self.tracked is not None:
+            return self.tracked.assignment
+        return self.was_waiting_for or (None if self.placement is None else self.placement.assignment)
 
 
 class Decisions:
-    """Of the last `max_requests` dispatched requests."""
+    """Of the last `max_requests` requests, counted from when each was last given to a worker, or came."""
 
     def __init__(self, max_requests: int) -> None:
         self.max_requests = max_requests
@@ -52,15 +75,33 @@ class Decisions:
                 return (request_id, decision) if first is None else (first_id, first)
         return None
 
-    def placed(self, request_id: RequestId, plan: Plan, placement: Placement) -> None:
-        """An attempt begins; an older one of the id is forgotten."""
+    def began(self, tracked: Tracked) -> None:
+        """A request waits; an older one of its id is forgotten."""
+        self._remember(tracked.request.request_id, Decision(tracked))
+
+    def refused(self, request_id: RequestId, error: TandemError, assignment: Assignment | None) -> None:
+        """A request was not even let wait; `assignment`: where it would have. Nothing where one of its id is being served."""
+        known = self._decisions.get(request_id)
+        if known is None or known.tracked is None:
+            self._remember(request_id, Decision(None, error=error, was_waiting_for=assignment))
+
+    def placed(self, tracked: Tracked, plan: Plan, placement: Placement) -> None:
+        """An attempt begins."""
+        self._remember(tracked.request.request_id, Decision(tracked, plan, placement))
+
+    def ended(self, tracked: Tracked, outcome: Receipt | TandemError | None) -> None:
+        """It ended well, with an error, or because its caller went away (None)."""
+        decision = self._decisions.get(tracked.request.request_id)
+        if decision is None or decision.tracked is not tracked:
+            return
+        decision.tracked, decision.was_waiting_for = None, tracked.assignment
+        if isinstance(outcome, TandemError):
+            decision.error = outcome
+        else:
+            decision.receipt = outcome
+
+    def _remember(self, request_id: RequestId, decision: Decision) -> None:
         self._decisions.pop(request_id, None)
-        self._decisions[request_id] = Decision(plan, placement)
+        self._decisions[request_id] = decision
         if len(self._decisions) > self.max_requests:
             self._decisions.popitem(last=False)
-
-    def ended(self, request_id: RequestId, receipt: Receipt) -> None:
-        """The attempt ended well."""
-        decision = self._decisions.get(request_id)
-        if decision is not None:
-            decision.receipt = receipt

@@ -28,6 +28,12 @@ class Timeline:
     first_token_attempt: int | None
 
 
+def waiting_terms(assignment: Assignment) -> tuple[PredictedTerm, ...]:
+    """The same names, as far as they are known of a request that waits."""
+    terms = {"queue_s": assignment.queue.mean_s, "ttft_s": assignment.ttft.mean_s, "ttft_q90_s": assignment.ttft.q90_s}
+    return tuple(PredictedTerm(name=name, predicted=value) for name, value in terms.items())
+
+
 def predicted_terms(placement: Placement, first: Assignment) -> tuple[PredictedTerm, ...]:
     """By the receipt's names; `first` was made at arrival. `backlog_s` is the part of `prefill_s` that is spent behind other requests.
 

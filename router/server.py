@@ -11,7 +11,9 @@ import grpc
 from router.access import Access
 from router.frontend import Frontend
 from router.openai_response import CHAT, COMPLETION
+from router.placement import Assignment, Placement
 from router.plan import planned
+from router.receipts import waiting_terms
 from router.register_view import RegisterView
 from router.scores import Scores
 from router.shell import RouterShell
@@ -115,28 +117,46 @@ class RouterService:
         remembered = decisions.find(seen_id) or decisions.find(bare_id)
         if remembered is None:
             raise NotFoundError(
-                f"no request {seen_id[:200]!r} is among the last {decisions.max_requests} that this router dispatched;"
-                " one that still waits, or was refused, is not remembered",
+                f"no request {seen_id[:200]!r} is among the last {decisions.max_requests} of this router",
                 reason=Reason.UNKNOWN_REQUEST,
                 field="request_id",
             )
         request_id, decision = remembered
-        assignment = decision.placement.assignment
-        prompt = [
-            Candidate(
-                worker=planned(one.lease),
-                part=Part.BOTH if one.is_one_worker else Part.PREFILL,
-                is_chosen=one.lease == assignment.worker and one.is_one_worker == (not assignment.prefill),
-                terms=one.terms(),
-            )
-            for one in assignment.considered
-        ]
-        rest = [
-            Candidate(worker=planned(one.lease), part=Part.DECODE, is_chosen=one.lease == decision.placement.decode, terms=one.terms())
-            for one in sorted(decision.placement.considered, key=lambda one: one.rank)
-        ]
-        found = Explanation(request_id=request_id, plan=decision.plan, candidates=(*prompt, *rest), receipt=decision.receipt)
+        assignment, placement, error = decision.assignment, decision.placement, decision.error
+        found = Explanation(
+            request_id=request_id,
+            state=decision.state,
+            reason="" if error is None else error.reason,
+            message="" if error is None else error.message,
+            plan=decision.plan,
+            candidates=(*_prompt_candidates(assignment), *_decode_candidates(placement)),
+            receipt=decision.receipt,
+            predicted=() if assignment is None or decision.plan is not None else waiting_terms(assignment),
+        )
         return explanation_to_pb(found)
+
+
+def _prompt_candidates(assignment: Assignment | None) -> list[Candidate]:
+    if assignment is None:
+        return []
+    return [
+        Candidate(
+            worker=planned(one.lease),
+            part=Part.BOTH if one.is_one_worker else Part.PREFILL,
+            is_chosen=one.lease == assignment.worker and one.is_one_worker == (not assignment.prefill),
+            terms=one.terms(),
+        )
+        for one in assignment.considered
+    ]
+
+
+def _decode_candidates(placement: Placement | None) -> list[Candidate]:
+    if placement is None:
+        return []
+    return [
+        Candidate(worker=planned(one.lease), part=Part.DECODE, is_chosen=one.lease == placement.decode, terms=one.terms())
+        for one in sorted(placement.considered, key=lambda one: one.rank)
+    ]
 
 
 class ControlService:

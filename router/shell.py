@@ -154,7 +154,7 @@ class RouterShell:
         """
         remaining_s, now_s = deadline.remaining_s("admission"), self.clock()
         if not is_begun:
-            self._quotas.check(request.tenant)
+            self._check_quota(request)
         deadline_s = None if remaining_s is None else now_s + remaining_s
         instructions = self.core.submit(request, block_hashes=block_hashes, deadline_s=deadline_s, now_s=now_s, is_begun=is_begun)
         ticket = self._tickets[request.request_id] = Ticket(request.request_id, request.tenant)
@@ -165,6 +165,13 @@ class RouterShell:
         if not self.core.is_served(request.model):
             self.on_demand()
         return ticket
+
+    def _check_quota(self, request: Request) -> None:
+        try:
+            self._quotas.check(request.tenant)
+        except OverloadedError as error:
+            self.core.decisions.refused(request.request_id, error, None)
+            raise
 
     def sent(self, ticket: Ticket, tokens: int) -> None:
         """The ticket's attempt has brought `tokens` more tokens to the client."""

@@ -53,6 +53,17 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class RequestState(StrEnum):
+    """Where a request of a router stands."""
+
+    WAITING = "waiting"  # for a worker, for the first time or again
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"  # after it had been given to workers
+    REFUSED = "refused"  # before
+    CANCELLED = "cancelled"  # by its caller
+
+
 class StructuredKind(StrEnum):
     """How structured output is described."""
 

@@ -23,7 +23,7 @@ def explain(
     timeout_s: Annotated[float, typer.Option("--timeout-s", help="Seconds to wait for each router's answer.")] = 10.0,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write one JSON object there.")] = None,
 ) -> None:
-    """Show why a request went where it went, what was predicted, and what it came to.
+    """Show why a request went where it went, waits or was refused, what was predicted, and what it came to.
 
     Of several choices the first is shown, of several prompts the last; the id shown, with another number behind # or -, shows the others.
     """
@@ -40,7 +40,10 @@ def explain(
     console.print(candidates_table(found))
     if (decode := decode_table(found)).row_count:
         console.print(decode)
-    console.print(outcome_table(found))
+    if (outcome := outcome_table(found)).row_count:
+        console.print(outcome)
+    if found.message:
+        console.print(f"{found.state}: {found.message} ({found.reason})")
     if json is not None:
         write_report(json, {"schema": "tandem.explain/1", **dataclasses.asdict(found)})
 
@@ -64,11 +67,21 @@ def candidates_table(explanation: "Explanation") -> "Table":
     """One row a candidate for the prompt, best first."""
     from tandem.explanation import Part
 
-    plan = explanation.plan
-    where = " > ".join([*(worker.replica_id for worker in plan.prefill[:1]), plan.decode.replica_id])
-    why = f" ({plan.one_worker_reason})" if plan.one_worker_reason else ""
     candidates = [one for one in explanation.candidates if one.part is not Part.DECODE]
-    return _table(f"{explanation.request_id}: {where}{why}", candidates, _COLUMNS)
+    return _table(f"{explanation.request_id}: {explanation.state}{_where(explanation)}", candidates, _COLUMNS)
+
+
+def _where(explanation: "Explanation") -> str:
+    """Its workers, or the one in whose line it is."""
+    from tandem.domain import RequestState
+    from tandem.explanation import Part
+
+    plan = explanation.plan
+    if plan is None or explanation.state is RequestState.WAITING:
+        chosen = [one.worker.replica_id for one in explanation.candidates if one.is_chosen and one.part is not Part.DECODE]
+        return "".join(f", in the line of {worker}" for worker in chosen)
+    workers = " > ".join([*(worker.replica_id for worker in plan.prefill[:1]), plan.decode.replica_id])
+    return f", {workers}" + (f" ({plan.one_worker_reason})" if plan.one_worker_reason else "")
 
 
 def decode_table(explanation: "Explanation") -> "Table":
@@ -96,13 +109,14 @@ def _table(title: str, candidates: "Sequence[Candidate]", columns: Sequence[str]
 
 
 def outcome_table(explanation: "Explanation") -> "Table":
-    """Predicted against actual; only predicted where it has not ended."""
+    """Predicted against actual; only predicted where it has not ended well."""
     from rich.table import Table
 
-    terms = explanation.plan.predicted if explanation.receipt is None else explanation.receipt.predicted
-    table = Table(
-        "term", title="predicted and actual" if explanation.receipt is not None else "predicted; it has not ended well, or not yet"
-    )
+    if explanation.receipt is not None:
+        title, terms = "predicted and actual", explanation.receipt.predicted
+    else:
+        title, terms = "predicted", explanation.predicted if explanation.plan is None else explanation.plan.predicted
+    table = Table("term", title=title)
     for heading in ("predicted", "actual"):
         table.add_column(heading, justify="right")
     for term in terms:

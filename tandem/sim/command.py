@@ -3,6 +3,7 @@
 Exit status: 0 done, 2 an error of ours, 130 after Ctrl-C.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from tandem.workload import TraceRow
 
 _SYNTHETIC_REQUESTS = 2_000
-_MAX_PROCESSES = 2
+_CORES = len(os.sched_getaffinity(0))
+_LINES = 10  # of progress, where there is no terminal
 
 
 def simulate(
@@ -44,7 +46,7 @@ def simulate(
     ] = 1.0,
     slow_fleet: Annotated[float, typer.Option(min=0.01, metavar="FACTOR", help="All replicas are so much slower from half time.")] = 1.0,
     requests: Annotated[int | None, typer.Option(min=2, help="The first so many of the trace. Default: all; 2000 synthetic ones.")] = None,
-    processes: Annotated[int, typer.Option(min=1, max=_MAX_PROCESSES, help="Runs at the same time.")] = _MAX_PROCESSES,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at the same time. Default: one a core.")] = _CORES,
     tune: Annotated[bool, typer.Option("--tune", help="Try the peers' parameters instead, and name the best.")] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Also write one JSON object there.")] = None,
 ) -> None:
@@ -101,17 +103,22 @@ def _rows(trace: Path | None, requests: int | None) -> "list[TraceRow]":
 
 
 def _run(rows: "Sequence[TraceRow]", tasks: "Sequence[Task]", processes: int, console: "Console") -> "list[Run]":
-    """Shows a bar on a terminal."""
+    """Shows a bar on a terminal, else a line for each tenth."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tandem.sim.run import run_all
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done, total = 0, len(tasks)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("simulating", total=len(tasks))
+        bar = progress.add_task("simulating", total=total)
 
         def on_done(run: "Run") -> None:
+            nonlocal done
+            done += 1
             progress.update(bar, advance=1, description=f"{run.task.variant.name} {run.task.seed}")
+            if not console.is_terminal and done * _LINES // total > (done - 1) * _LINES // total:
+                console.print(f"tandem simulate: {done} of {total} runs done")
 
         return run_all(rows, tasks, processes=processes, on_done=on_done)
 

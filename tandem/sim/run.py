@@ -1,4 +1,4 @@
-"""Runs simulations: every setting, policy and seed, two processes at most. Must not read files or print.
+"""Runs simulations: every setting, policy and seed, some at the same time. Must not read files or print.
 
 A run is a function of its `Task` and the rows: same task, same event log, in any process.
 """

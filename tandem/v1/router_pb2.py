@@ -26,7 +26,7 @@ from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 from tandem.v1 import inference_pb2 as tandem_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/router.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x19tandem/v1/inference.proto\"V\n\x0cRouteRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.GenerateRequest\x12\x19\n\x11\x61void_replica_ids\x18\x02 \x03(\t\"\x8b\x01\n\rRouteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Plan\x12-\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIds\x12\x18\n\x10router_addresses\x18\x04 \x03(\t\"b\n\x14ReportOutcomeRequest\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12#\n\x07receipt\x18\x02 \x01(\x0b\x32\x12.tandem.v1.Receipt\x12\x14\n\x0c\x65rror_reason\x18\x03 \x01(\t\"\x17\n\x15ReportOutcomeResponse\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x93\x01\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Plan\x12(\n\ncandidates\x18\x03 \x03(\x0b\x32\x14.tandem.v1.Candidate\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.tandem.v1.Receipt\"\x9c\x01\n\tCandidate\x12)\n\x07prefill\x18\x01 \x01(\x0b\x32\x18.tandem.v1.PlannedWorker\x12(\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\x18.tandem.v1.PlannedWorker\x12\'\n\x05terms\x18\x03 \x03(\x0b\x32\x18.tandem.v1.PredictedTerm\x12\x11\n\tis_chosen\x18\x04 \x01(\x08\x32\xda\x01\n\x06Router\x12:\n\x05Route\x12\x17.tandem.v1.RouteRequest\x1a\x18.tandem.v1.RouteResponse\x12R\n\rReportOutcome\x12\x1f.tandem.v1.ReportOutcomeRequest\x1a .tandem.v1.ReportOutcomeResponse\x12@\n\x07\x45xplain\x12\x19.tandem.v1.ExplainRequest\x1a\x1a.tandem.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/router.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x19tandem/v1/inference.proto\"V\n\x0cRouteRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.tandem.v1.GenerateRequest\x12\x19\n\x11\x61void_replica_ids\x18\x02 \x03(\t\"\x8b\x01\n\rRouteResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Plan\x12-\n\x10prompt_token_ids\x18\x03 \x01(\x0b\x32\x13.tandem.v1.TokenIds\x12\x18\n\x10router_addresses\x18\x04 \x03(\t\"b\n\x14ReportOutcomeRequest\x12\x0f\n\x07plan_id\x18\x01 \x01(\t\x12#\n\x07receipt\x18\x02 \x01(\x0b\x32\x12.tandem.v1.Receipt\x12\x14\n\x0c\x65rror_reason\x18\x03 \x01(\t\"\x17\n\x15ReportOutcomeResponse\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xf0\x01\n\x0f\x45xplainResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x04plan\x18\x02 \x01(\x0b\x32\x0f.tandem.v1.Plan\x12(\n\ncandidates\x18\x03 \x03(\x0b\x32\x14.tandem.v1.Candidate\x12#\n\x07receipt\x18\x04 \x01(\x0b\x32\x12.tandem.v1.Receipt\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\x12+\n\tpredicted\x18\x08 \x03(\x0b\x32\x18.tandem.v1.PredictedTerm\"\x9c\x01\n\tCandidate\x12)\n\x07prefill\x18\x01 \x01(\x0b\x32\x18.tandem.v1.PlannedWorker\x12(\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\x18.tandem.v1.PlannedWorker\x12\'\n\x05terms\x18\x03 \x03(\x0b\x32\x18.tandem.v1.PredictedTerm\x12\x11\n\tis_chosen\x18\x04 \x01(\x08\x32\xda\x01\n\x06Router\x12:\n\x05Route\x12\x17.tandem.v1.RouteRequest\x1a\x18.tandem.v1.RouteResponse\x12R\n\rReportOutcome\x12\x1f.tandem.v1.ReportOutcomeRequest\x1a .tandem.v1.ReportOutcomeResponse\x12@\n\x07\x45xplain\x12\x19.tandem.v1.ExplainRequest\x1a\x1a.tandem.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,9 +44,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPLAINREQUEST']._serialized_start=443
   _globals['_EXPLAINREQUEST']._serialized_end=479
   _globals['_EXPLAINRESPONSE']._serialized_start=482
-  _globals['_EXPLAINRESPONSE']._serialized_end=629
-  _globals['_CANDIDATE']._serialized_start=632
-  _globals['_CANDIDATE']._serialized_end=788
-  _globals['_ROUTER']._serialized_start=791
-  _globals['_ROUTER']._serialized_end=1009
+  _globals['_EXPLAINRESPONSE']._serialized_end=722
+  _globals['_CANDIDATE']._serialized_start=725
+  _globals['_CANDIDATE']._serialized_end=881
+  _globals['_ROUTER']._serialized_start=884
+  _globals['_ROUTER']._serialized_end=1102
 # @@protoc_insertion_point(module_scope)

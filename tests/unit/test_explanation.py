@@ -9,13 +9,13 @@ from router.core import RouterCore
 from router.decisions import Decisions
 from router.server import RouterService
 from router.shell import RouterShell
-from tandem.domain import PredictedTerm, Receipt, RequestId
-from tandem.errors import NotFoundError
+from tandem.domain import ModelId, PredictedTerm, Receipt, ReplicaId, RequestId, RequestState
+from tandem.errors import NotFoundError, ProtocolError, Reason
 from tandem.explain_cli import candidates_table, decode_table, outcome_table
 from tandem.explanation import Explanation, Part, explanation_from_pb, explanation_to_pb
 from tandem.rpc import ServerCall
 from tandem.v1 import router_pb2
-from tests.core_talk import R1, make_core, only_dispatch, submit
+from tests.core_talk import LOST, R1, make_core, only_dispatch, only_reject, submit
 
 ANY_CALL: ServerCall = object.__new__(ServerCall)
 
@@ -48,7 +48,7 @@ async def test_candidates_come_with_their_terms_and_the_chosen_one_is_marked() -
     assert first.term("total_s") == pytest.approx((first.term("ahead_s") or 0.0) + (first.term("own_s") or 0.0))
     assert first.term("nothing") is None
     assert found.receipt is None
-    assert "not ended" in str(outcome_table(found).title)
+    assert (found.state, outcome_table(found).title) == (RequestState.RUNNING, "predicted")
     assert candidates_table(found).row_count == 2
     decode = found.candidates[2]
     assert (decode.term("running_requests"), decode.term("is_too_slow")) == (0.0, 0.0)
@@ -90,7 +90,7 @@ async def test_what_it_came_to_stands_beside_what_was_predicted() -> None:
 
 
 async def test_a_request_that_is_not_remembered_is_named() -> None:
-    with pytest.raises(NotFoundError, match="no request 'r9' is among the last 1000 that this router dispatched"):
+    with pytest.raises(NotFoundError, match="no request 'r9' is among the last 1000 of this router"):
         await explained(make_core(), "r9")
 
 
@@ -126,6 +126,89 @@ async def test_an_id_that_only_begins_alike_is_another_requests(own_id: str) -> 
         await explained(core, "a")
 
 
+async def test_a_request_that_waits_is_explained_by_the_line_it_waits_in() -> None:
+    core = make_core(config=RouterConfig(one_worker_max_tokens=0, max_running_requests=1))
+    submit(core)
+    submit(core, "r2")
+    found = await explained(core, "r2")
+    assert (found.state, found.plan, found.reason) == (RequestState.WAITING, None, "")
+    assert [(one.worker.replica_id, one.part, one.is_chosen) for one in found.candidates] == [("prefill-0", Part.PREFILL, True)]
+    assert "r2: waiting, in the line of prefill-0" in str(candidates_table(found).title)
+    assert [term.name for term in found.predicted] == ["queue_s", "ttft_s", "ttft_q90_s"]
+    assert outcome_table(found).row_count == 3
+    core.cancelled(R1, 1.0)
+    assert (await explained(core, "r2")).state is RequestState.RUNNING
+
+
+async def test_a_request_without_a_worker_waits_in_no_line() -> None:
+    core = make_core(replicas=("decode-0",))
+    core.models_held([ModelId("m")], {})
+    core.replica_lost(ReplicaId("decode-0"), 1, 0.0)
+    submit(core)
+    found = await explained(core)
+    assert (found.state, found.plan, found.candidates, found.predicted) == (RequestState.WAITING, None, (), ())
+    assert str(candidates_table(found).title) == "r1: waiting"
+    assert outcome_table(found).row_count == 0
+
+
+async def test_a_refused_request_is_explained_by_its_error() -> None:
+    core = make_core(config=RouterConfig(max_running_requests=1, max_queued_requests=0))
+    submit(core)
+    rejected = only_reject(submit(core, "r2"))
+    found = await explained(core, "r2")
+    assert (found.state, found.reason, found.message) == (RequestState.REFUSED, Reason.QUEUE_FULL, rejected.error.message)
+    assert (found.plan, found.candidates) == (None, ())
+
+
+async def test_a_request_that_waited_in_vain_shows_where() -> None:
+    core = make_core(config=RouterConfig(one_worker_max_tokens=0, max_running_requests=1))
+    submit(core)
+    submit(core, "r2", deadline_s=1.0)
+    core.tick(2.0)
+    found = await explained(core, "r2")
+    assert (found.state, found.reason) == (RequestState.REFUSED, Reason.DEADLINE)
+    assert [one.worker.replica_id for one in found.candidates] == ["prefill-0"]
+
+
+async def test_a_failed_attempt_waits_again_or_ends_the_request() -> None:
+    core = make_core(replicas=("decode-0",), config=RouterConfig(retry_budget=1))
+    submit(core)
+    core.failed(R1, 1, LOST, 1.0)
+    found = await explained(core)
+    assert found.state is RequestState.WAITING
+    assert found.plan is not None  # of the last attempt
+    assert "in the line of" not in str(candidates_table(found).title)  # the only workers are left out for a while
+    core.tick(10.0)
+    assert (await explained(core)).state is RequestState.RUNNING
+    core.failed(R1, 2, LOST, 11.0)
+    found = await explained(core)
+    assert (found.state, found.message) == (RequestState.FAILED, LOST.message)
+    assert found.plan is not None
+
+
+async def test_a_caller_that_goes_away_is_told_apart() -> None:
+    core = make_core()
+    submit(core)
+    core.cancelled(R1, 1.0)
+    found = await explained(core)
+    assert (found.state, found.reason, found.receipt) == (RequestState.CANCELLED, "", None)
+
+
+async def test_who_is_refused_under_the_id_of_a_running_request_does_not_hide_it() -> None:
+    core = make_core()
+    submit(core)
+    core.decisions.refused(R1, LOST, None)
+    assert (await explained(core)).state is RequestState.RUNNING
+    core.finished(R1, 1, Receipt(request_id=R1), 1.0)
+    core.decisions.refused(R1, LOST, None)
+    assert (await explained(core)).state is RequestState.REFUSED
+
+
+def test_a_state_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="unknown state 'lost'"):
+        explanation_from_pb(router_pb2.ExplainResponse(request_id="r1", state="lost"))
+
+
 def test_the_oldest_decision_is_forgotten_and_the_last_attempt_counts() -> None:
     core = make_core(config=RouterConfig(one_worker_max_tokens=0, max_explained_requests=1))
     submit(core)
@@ -133,10 +216,13 @@ def test_the_oldest_decision_is_forgotten_and_the_last_attempt_counts() -> None:
     assert core.decisions.get(R1) is None
     core.finished(R1, 1, Receipt(request_id=R1), 1.0)
     assert len(core.decisions) == 1
-    assert core.decisions.get(RequestId("r2")) is not None
     decision = core.decisions.get(RequestId("r2"))
     assert decision is not None
+    tracked, plan, placement = decision.tracked, decision.plan, decision.placement
+    assert tracked is not None
+    assert plan is not None
+    assert placement is not None
     again = Decisions(2)
-    again.placed(R1, decision.plan, decision.placement)
-    again.placed(R1, decision.plan, decision.placement)
+    again.placed(tracked, plan, placement)
+    again.placed(tracked, plan, placement)
     assert len(again) == 1
