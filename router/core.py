@@ -96,7 +96,7 @@ class RouterCore:
         self._moves = Moves(config, self._fleet, self._ledger)
         self._requests: dict[RequestId, Tracked] = {}
         self._arrivals = 0
-        self._turns = Turns(config, self._fleet, self._planner, self._lines, self._tenants, self._requests)
+        self._turns = Turns(config, self._fleet, self._planner, self._lines, self._tenants, self._requests, self._backlog, self.predictor)
         self._recent = RecentIds(config.stamp_settle_s)
         self.decisions = Decisions(config.max_explained_requests)
         self.hot_prefixes = HotPrefixes(config, self.predictor)
@@ -392,7 +392,7 @@ class RouterCore:
 
     def _dispatch(self, tracked: Tracked, placement: Placement, now_s: float) -> Dispatch:
         request, assignment, request_id = tracked.request, placement.assignment, tracked.request.request_id
-        self._turns.leave(tracked)
+        self._turns.go(tracked, now_s)
         self._admission.start(request_id)
         tracked.attempt += 1
         tracked.placement = placement

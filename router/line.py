@@ -91,6 +91,7 @@ class Line:
         self._work_s: dict[int, dict[str, float]] = {}  # by class and tenant
         self._class_s: dict[int, float] = {}  # by class
         self.tokens = 0  # of all that wait
+        self.taken: tuple[float, float] | None = None  # when one was last taken, and the seconds of work that the worker had then
 
     def __len__(self) -> int:
         return len(self._entries)

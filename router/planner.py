@@ -317,9 +317,11 @@ class Planner:
         lease, tracked, now_s = chosen.lease, quote.tracked, quote.now_s
         model = tracked.request.model
         at_worker_s = min(chosen.ahead_s, self._config.ahead_s + self.chunk_s(lease))
-        in_line_s = chosen.ahead_s - at_worker_s
-        replicas = max(1, len(self._fleet.ready(model, lease.role)))
-        queue = self._predictor.queue(model, ahead_s=max(in_line_s * replicas, tracked.slots_ahead_s), replicas=replicas, now_s=now_s)
+        queue_s = self._predictor.line_s(pool_of(lease), ahead_s=chosen.ahead_s - at_worker_s, now_s=now_s)
+        if tracked.slots_ahead_s > 0.0:
+            replicas = len(self._fleet.ready(model, lease.role))
+            queue_s = max(queue_s, self._predictor.queue_s(model, ahead_s=tracked.slots_ahead_s, replicas=replicas, now_s=now_s))
+        queue = self._predictor.queue(model, queue_s)
         behind = self._predictor.prefill_behind(pool_of(lease), backlog_s=at_worker_s + chosen.wait_s, own_s=chosen.own_s)
         return Assignment(
             worker=lease,

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from router.drain_rate import DrainRate
 from router.interval import Calibration, Interval, PredictionKind
+from router.line_rate import LineRate
 from router.output_length import OutputEstimate
 from router.pool_times import PoolKey, PoolTimes, PoolTimesConfig
 from router.scores import Scores
+from tandem.domain import Role
 from tandem.errors import ConfigError
 from tandem.least_squares import LeastSquares
 from tandem.lru import Lru
@@ -77,6 +79,7 @@ class LoadPredictor:
         self._queue_calibrations: Lru[str, Calibration] = Lru(config.max_models, lambda: Calibration(floor=_QUEUE_FLOOR_S))
         self._overheads: Lru[tuple[PredictionKind, str], _FixedCost] = Lru(kinds, _FixedCost)
         self._drains: Lru[str, DrainRate] = Lru(config.max_models, DrainRate)
+        self._line_rates: Lru[PoolKey, LineRate] = Lru(config.max_models * len(Role), LineRate)
         self._gaps = _fits(config, _GAP_PRIOR, _GAP_PRIOR_OTHER_NODE)
         self._transfers = _fits(config, _TRANSFER_PRIOR, _TRANSFER_PRIOR_OTHER_NODE)
 
@@ -116,6 +119,14 @@ class LoadPredictor:
         """Seconds to bring so many bytes of KV to a replica."""
         return self._transfers[is_same_node].obtain(model).predict((1.0, float(size_bytes)))
 
+    def queue_s(self, model: str, *, ahead_s: float, replicas: int, now_s: float) -> float:
+        """Seconds until so much predicted work has left this router's queue of the model. `replicas`: that take it."""
+        return self._drains.obtain(model).wait_s(max(0.0, ahead_s), now_s, float(max(1, replicas)))
+
+    def line_s(self, pool: PoolKey, *, ahead_s: float, now_s: float) -> float:
+        """Seconds until so much predicted work in one worker's line has been given to it."""
+        return self._line_rates.obtain(pool).wait_s(ahead_s, now_s)
+
     # The chosen: intervals.
 
     def prefill(self, pool: PoolKey, replica_id: str, work: EngineWork, *, uncached_tokens: int, cached_tokens: int) -> Interval:
@@ -149,9 +160,8 @@ class LoadPredictor:
         """`transfer_s` with its quantile."""
         return self._interval(PredictionKind.TRANSFER, model, self.transfer_s(model, size_bytes=size_bytes, is_same_node=is_same_node))
 
-    def queue(self, model: str, *, ahead_s: float, replicas: int, now_s: float) -> Interval:
-        """Seconds in this router's queue behind so many seconds of predicted work. `replicas`: of the pool that takes it."""
-        mean_s = self._drains.obtain(model).wait_s(max(0.0, ahead_s), now_s, float(max(1, replicas)))
+    def queue(self, model: str, mean_s: float) -> Interval:
+        """`queue_s` or `line_s` with its quantile."""
         return Interval(mean_s, self._queue_calibrations.obtain(model).upper(mean_s))
 
     def ttft(self, model: str, *, queue: Interval, prefill: Interval) -> Interval:
@@ -210,6 +220,10 @@ class LoadPredictor:
     def dispatched(self, model: str, work_s: float, now_s: float, *, is_guess: bool = False) -> None:
         """A request with so many seconds of predicted prefill has left the queue; before `note_queue`."""
         self._drains.obtain(model).dispatched(work_s, now_s, is_guess=is_guess)
+
+    def line_moved(self, pool: PoolKey, *, work_s: float, waited_s: float, now_s: float) -> None:
+        """A worker did so much of its predicted work in so many seconds in which somebody waited for it."""
+        self._line_rates.obtain(pool).moved(work_s, waited_s, now_s)
 
     # Inside.
 

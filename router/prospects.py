@@ -40,8 +40,7 @@ class Prospects:
         if not self._fleet.is_ready(model):
             return self.start_wait_s(model)
         _, work_s = self._admission.queued_for(model)
-        queue = self._predictor.queue(model, ahead_s=work_s, replicas=max(1, self._fleet.ready_count(model)), now_s=now_s)
-        return max(_SHORTEST_RETRY_S, queue.mean_s)
+        return max(_SHORTEST_RETRY_S, self._predictor.queue_s(model, ahead_s=work_s, replicas=self._fleet.ready_count(model), now_s=now_s))
 
     def in_vain(self, model: ModelId, now_s: float) -> list[tuple[RequestId, UnavailableError]]:
         """Who waits for a model that no replica comes for, or has waited for one too long, and what to tell them."""

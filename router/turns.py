@@ -6,12 +6,15 @@ Must not book, refuse or dispatch: the core does, and says here who has left.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from router.backlog import Backlog
 from router.config import QueueOrder, RouterConfig
+from router.estimator import pool_of
 from router.fleet import Fleet
 from router.line import Shares, Waiting
 from router.lines import Lines
 from router.placement import Assignment, Placement
 from router.planner import Planner
+from router.predict import LoadPredictor
 from router.tracked import Tracked
 from tandem.domain import ModelId, ReplicaId, RequestId
 
@@ -33,7 +36,15 @@ class Turns:
     """Lines, and what keeps their first from going. `requests` is the core's, to read."""
 
     def __init__(
-        self, config: RouterConfig, fleet: Fleet, planner: Planner, lines: Lines, shares: Shares, requests: Mapping[RequestId, Tracked]
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        planner: Planner,
+        lines: Lines,
+        shares: Shares,
+        requests: Mapping[RequestId, Tracked],
+        backlog: Backlog,
+        predictor: LoadPredictor,
     ) -> None:
         self._config = config
         self._fleet = fleet
@@ -41,6 +52,8 @@ class Turns:
         self._lines = lines
         self._shares = shares
         self._requests = requests
+        self._backlog = backlog
+        self._predictor = predictor
         self._stuck: dict[ReplicaId, None] = {}  # lines whose first found no slot, or no decode worker with room
         self._reserved: dict[ModelId, tuple[RequestId, ReplicaId]] = {}  # a decode worker that only that request may join
 
@@ -71,6 +84,18 @@ class Turns:
         )
         self._lines.add(waiting, request.model, None if assignment is None else assignment.worker.replica_id)
         return work_s
+
+    def go(self, tracked: Tracked, now_s: float) -> None:
+        """The request leaves its line for the worker, whose backlog is still without it: shows how fast the line moves."""
+        assignment = tracked.assignment
+        assert assignment is not None
+        worker = assignment.worker
+        line, left_s = self._lines[worker.replica_id], self._backlog.ahead_s(worker.replica_id, now_s)
+        if line.taken is not None:
+            then_s, had_s = line.taken
+            self._predictor.line_moved(pool_of(worker), work_s=had_s - left_s, waited_s=now_s - then_s, now_s=now_s)
+        line.taken = None if assignment.is_guess else (now_s, left_s + assignment.work_s)
+        self.leave(tracked)
 
     def leave(self, tracked: Tracked) -> None:
         """The request waits no more; nothing where it did not."""

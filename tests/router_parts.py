@@ -104,7 +104,9 @@ class RouterParts:
 
     def turns(self, shares: FixedShares | None = None) -> Turns:
         """Whose turn it is, over these parts."""
-        return Turns(self.config, self.fleet, self.planner, self.lines, shares or FixedShares(), self.requests)
+        return Turns(
+            self.config, self.fleet, self.planner, self.lines, shares or FixedShares(), self.requests, self.backlog, self.predictor
+        )
 
     def see(self, lease: Lease) -> Lease:
         """A replica that is new, or has changed."""

@@ -11,12 +11,12 @@ from prometheus_client import CollectorRegistry
 
 from router.config import RouterConfig
 from router.core import RouterCore
-from router.decisions import Decision
+from router.placement import Placement
 from router.prefix_copies import PrefixCopies
 from router.shell import RouterShell
 from router.stores import Stores
 from tandem.deadline import Deadline
-from tandem.domain import ReplicaId, RequestId, Role, WorkerLoad
+from tandem.domain import Plan, ReplicaId, RequestId, Role, WorkerLoad
 from tandem.polling import poll_until
 from tandem.telemetry import RouterMetrics
 from tests.dict_store import NAMESPACE, key
@@ -56,7 +56,7 @@ class Router:
         assert lease is not None
         self.shell.report(lease, lease.incarnation, 1, WorkerLoad(pending_prefill_tokens=tokens), ())
 
-    def send(self) -> Decision:
+    def send(self) -> tuple[Plan, Placement]:
         """One request of the prefix, which ends at once; where it was placed."""
         self.now_s += 1.0
         request = make_request(f"r{self.now_s}", TOKENS + 8)
@@ -64,7 +64,9 @@ class Router:
         decision = self.core.decisions.get(RequestId(request.request_id))
         self.shell.close(ticket)
         assert decision is not None
-        return decision
+        assert decision.plan is not None
+        assert decision.placement is not None
+        return decision.plan, decision.placement
 
     def believed(self, node: str) -> int:
         return self.core.prefixes.match(hashes_of(KEYS)).store_blocks(node, NAMESPACE)
@@ -93,11 +95,11 @@ async def test_a_hot_prefix_is_copied_once_and_then_found_on_the_other_node(tmp_
         near.fill(KEYS)
         await far.connect(near)
         async with router_of(near, far) as router:
-            assert router.send().placement.worker.replica_id == A
+            assert router.send()[1].worker.replica_id == A
             router.queues(A, TOKENS // 2)  # half of what it takes to compute the prefix elsewhere
             placed = []
             while not router.shell.core.hot_prefixes.copying:
-                placed.append(router.send().placement.worker.replica_id)
+                placed.append(router.send()[1].worker.replica_id)
             assert placed == [A] * len(placed)
             assert len(placed) >= 4
             async with asyncio.timeout(WAIT_S):
@@ -105,10 +107,10 @@ async def test_a_hot_prefix_is_copied_once_and_then_found_on_the_other_node(tmp_
                 await poll_until(lambda: not router.shell.core.hot_prefixes.copying, 0.02)
             assert far.held(KEYS) == len(KEYS)
             for _ in range(20):
-                decision = router.send()
-                assert decision.placement.worker.replica_id == B
-                assert decision.plan.cached_blocks == len(KEYS)
-                assert decision.placement.assignment.considered[0].fetched_tokens == 0
+                plan, placement = router.send()
+                assert placement.worker.replica_id == B
+                assert plan.cached_blocks == len(KEYS)
+                assert placement.assignment.considered[0].fetched_tokens == 0
             assert (router.value("prefix_copies", outcome="copied"), router.value("prefix_copied_blocks")) == (1, len(KEYS))
             assert await far.metric("fetched_blocks_total") == len(KEYS)
 
@@ -122,7 +124,7 @@ async def test_a_copy_whose_source_is_gone_costs_no_request_anything(tmp_path: P
             router.queues(A, TOKENS // 2)
             while not router.shell.core.hot_prefixes.copying:
                 router.send()
-            assert router.send().placement.worker.replica_id == A
+            assert router.send()[1].worker.replica_id == A
             async with asyncio.timeout(WAIT_S):
                 await poll_until(lambda: router.value("prefix_copies", outcome="failed") == 1, 0.02)
             assert not router.shell.core.hot_prefixes.copying

@@ -36,6 +36,7 @@ async def test_candidates_come_with_their_terms_and_the_chosen_one_is_marked() -
     core = make_core(replicas=("prefill-0", "prefill-1", "decode-0", "decode-1"))
     plan = only_dispatch(submit(core)).plan
     found = await explained(core)
+    assert found.plan is not None
     assert found.plan.prefill == plan.prefill
     assert [(one.worker.replica_id, one.part) for one in found.candidates] == [
         ("prefill-0", Part.PREFILL),

@@ -128,13 +128,21 @@ def test_gaps_and_transfers_are_learnt_by_where_the_ends_are(is_same_node: bool)
 
 def test_the_queue_is_predicted_by_how_fast_it_moves() -> None:
     predictor = LoadPredictor()
-    assert predictor.queue(MODEL, ahead_s=6.0, replicas=3, now_s=0.0).mean_s == pytest.approx(2.0)
-    assert predictor.queue(MODEL, ahead_s=6.0, replicas=0, now_s=0.0).mean_s == pytest.approx(6.0)
+    assert predictor.queue_s(MODEL, ahead_s=6.0, replicas=3, now_s=0.0) == pytest.approx(2.0)
+    assert predictor.queue_s(MODEL, ahead_s=6.0, replicas=0, now_s=0.0) == pytest.approx(6.0)
     predictor.note_queue(MODEL, is_waiting=True, now_s=0.0)
     for index in range(600):
         predictor.dispatched(MODEL, 0.1, index / 10)
-    assert predictor.queue(MODEL, ahead_s=6.0, replicas=3, now_s=60.0).mean_s == pytest.approx(6.0, rel=0.1)
-    assert predictor.queue(MODEL, ahead_s=0.0, replicas=3, now_s=60.0).mean_s == 0.0
+    assert predictor.queue_s(MODEL, ahead_s=6.0, replicas=3, now_s=60.0) == pytest.approx(6.0, rel=0.1)
+    assert predictor.queue_s(MODEL, ahead_s=0.0, replicas=3, now_s=60.0) == 0.0
+
+
+def test_a_line_is_predicted_by_how_fast_the_lines_of_its_pool_move() -> None:
+    predictor = LoadPredictor()
+    for second in range(20):
+        predictor.line_moved(PREFILL, work_s=0.5, waited_s=1.0, now_s=float(second))
+    assert predictor.line_s(PREFILL, ahead_s=3.0, now_s=20.0) == pytest.approx(6.0, rel=0.05)
+    assert predictor.line_s(DECODE, ahead_s=3.0, now_s=20.0) == 3.0
 
 
 @pytest.mark.parametrize("kind", [PredictionKind.TTFT, PredictionKind.QUEUE])
@@ -145,7 +153,7 @@ def test_intervals_are_calibrated_and_scored_by_outcomes(kind: PredictionKind) -
         if kind is PredictionKind.TTFT:
             predicted = predictor.ttft(MODEL, queue=Interval(0.0, 0.0), prefill=Interval(mean_s, mean_s))
         else:
-            predicted = predictor.queue(MODEL, ahead_s=mean_s, replicas=1, now_s=0.0)
+            predicted = predictor.queue(MODEL, mean_s)
         predictor.observe(kind, MODEL, predicted, mean_s * rng.lognormvariate(0.0, 0.4), float(index))
     (score,) = predictor.scores.scores()
     assert (score.kind, score.outcomes_total) == (kind, 1500)

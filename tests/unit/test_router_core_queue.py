@@ -10,8 +10,10 @@ import pytest
 from router.config import QueueOrder, RouterConfig
 from router.core import RouterCore
 from router.instructions import Dispatch, Instruction, Reject
+from router.pool_times import PoolKey
 from tandem.domain import ModelId, Receipt, ReplicaId, ReplicaState, RequestId, Role, Slo
 from tandem.errors import OverloadedError, Reason
+from tandem.step_sample import StepSample
 from tests.core_talk import HANDING_OFF, LOST, R1, R2, R3, make_core, only_dispatch, only_reject, predicted_work, submit
 from tests.router_parts import distrust
 from tests.samples import ENGINE, make_lease
@@ -291,7 +293,7 @@ class TestRefusal:
 
 class TestDrainRate:
     def queue_s(self, core: RouterCore, now_s: float) -> float:
-        return core.predictor.queue("m", ahead_s=1.0, replicas=1, now_s=now_s).mean_s
+        return core.predictor.queue_s("m", ahead_s=1.0, replicas=1, now_s=now_s)
 
     def test_a_queue_that_is_given_up_does_not_stand_still_for_ever(self) -> None:
         core = make_core()
@@ -352,3 +354,28 @@ def test_the_work_of_one_worker_is_booked_where_it_is_done() -> None:
     assert work["prefill-0"] == 0.0
     core.tokens(R1, 1, 1, 0.1)
     assert predicted_work(core)["decode-0"] == 0.0
+
+
+class TestLineRate:
+    """One worker takes a chunk of a second after the other, at half the speed that its steps promise."""
+
+    PROMISED_S, TRUE_S = 1.0, 2.0
+
+    def loaded(self) -> RouterCore:
+        core = make_core()
+        step = StepSample(prefill_tokens=CHUNK, prefill_pairs=CHUNK**2 // 2, decode_requests=0, kv_tokens=0, duration_s=self.PROMISED_S)
+        for replica_id in ("prefill-0", "decode-0"):
+            core.steps(ReplicaId(replica_id), 1, [step] * 200, 0.0)
+        fill(core, 12)
+        return core
+
+    def line_s(self, core: RouterCore, now_s: float) -> float:
+        return core.predictor.line_s(PoolKey(M, "cpu", Role.PREFILL), ahead_s=1.0, now_s=now_s)
+
+    def test_a_line_is_predicted_as_fast_as_it_moves_whatever_filled_the_worker_at_first(self) -> None:
+        core = self.loaded()
+        assert self.line_s(core, 0.0) == pytest.approx(1.0)
+        for number in range(1, 8):
+            core.tokens(RequestId(f"r{number}"), 1, 1, number * self.TRUE_S)
+            core.check_invariants()
+        assert self.line_s(core, 14.0) == pytest.approx(self.TRUE_S / self.PROMISED_S, rel=0.1)
