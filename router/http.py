@@ -165,7 +165,8 @@ def _guard(metrics: RouterMetrics, access: Access) -> Middleware:
         status = _CLIENT_GONE
         try:
             response = await _answer(request, handler, call, access)
-            status = response.status
+            if not call.is_client_gone:
+                status = response.status
             return response
         finally:
             resource = request.match_info.route.resource
@@ -203,6 +204,7 @@ async def _refuse(error: TandemError, call: HttpCall) -> web.StreamResponse:
     if call.events is None or not call.events.has_started:
         return _json(body, http_status(error), {_REQUEST_ID: call.request_id, **retry_headers(error), **_key_headers(error)})
     if error.code is Code.CANCELLED:
+        call.is_client_gone = True
         call.events.abort()
     else:
         await call.events.break_off(body)

@@ -19,11 +19,12 @@ _LAST_WORDS_S = 0.5  # after the grace of 2 s; a cluster that ends kills its rou
 
 @dataclass(slots=True)
 class HttpCall:
-    """One call: its id, whose it is, and its event stream where it is answered by one."""
+    """One call: its id, whose it is, and its event stream where it is answered by one. `is_client_gone`: so a write has shown."""
 
     request_id: str
     tenant: str = DEFAULT_TENANT
     events: EventStream | None = None
+    is_client_gone: bool = False
 
 
 HTTP_CALL = web.RequestKey("http_call", HttpCall)

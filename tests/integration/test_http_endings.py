@@ -9,9 +9,13 @@ from dataclasses import replace
 import aiohttp
 import pytest
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from router.event_stream import EventStream
-from router.http_calls import HTTP_CALL
+from router.http import start_http
+from router.http_calls import HTTP_CALL, HttpCalls
+from tandem.errors import CancelledRequestError
+from tandem.telemetry import RouterMetrics
 from tests.integration.fake_worker import Faults
 from tests.integration.http_router import PROMPT, HttpRouter, serve_http, serving
 from tests.integration.router_shell import CONFIG, eventually
@@ -59,6 +63,26 @@ async def test_a_client_that_leaves_frees_router_and_worker(is_stream: bool, pro
         assert min(took_s) <= 1.0
         assert http.router.metric("tandem_router_requests_total", model="m", outcome="client_cancelled") == 3 * len(prompts)
         await eventually(lambda: http.router.metric("tandem_router_http_responses_total", route="/v1/completions", status="499") == 3)
+
+
+async def test_a_stream_whose_write_finds_no_client_counts_as_left() -> None:
+    """As where the handler is told: it is chance which of the two comes first."""
+
+    async def leave(request: web.Request) -> web.StreamResponse:
+        events = request[HTTP_CALL].events = EventStream(request, {}, stall_s=1.0)
+        await events.send(b"a token")
+        raise CancelledRequestError
+
+    registry = CollectorRegistry()
+    server = await start_http("127.0.0.1", 0, [web.get("/stream", leave)], HttpCalls(), RouterMetrics(registry))
+    try:
+        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{server.port}/stream") as response:
+            assert response.status == 200
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
+    finally:
+        await server.stop(0.0)
+    assert registry.get_sample_value("tandem_router_http_responses_total", {"route": "/stream", "status": "499"}) == 1
 
 
 async def _seconds_to_free(http: HttpRouter, prompts: list[list[int]], *, is_stream: bool) -> float:
