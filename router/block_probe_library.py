@@ -26,7 +26,7 @@ def load_probe() -> BindProbe | None:
     call.restype = None
 
     def bind(table: ShortHashes, table_numbers: Numbers) -> Probe:
-        # Asked for once: numpy takes longer to tell an address than a small look-up takes.
+        # Asked for once: numpy takes longer to tell an address than a small look-up takes. The table owns the probe, and so outlives it.
         table_at, table_numbers_at, num_rows = table.ctypes.data, table_numbers.ctypes.data, len(table)
 
         def probe(keys: ShortHashes) -> tuple[Cells, Numbers]:

@@ -3,6 +3,7 @@
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.placement import Assignment, Placement
 from router.tracked import Tracked
@@ -14,6 +15,13 @@ _CHOICE = re.compile(r"#[0-9]{1,2}$")
 _LEAST_KEPT_CHARS = 112  # of a long id; its end gives way to what is added
 
 
+class Failure(NamedTuple):
+    """What an error said. Not the error itself: its traceback would keep the request's prompt."""
+
+    reason: str
+    message: str
+
+
 @dataclass(slots=True)
 class Decision:
     """What is known of one request: of its last attempt, or of its wait for the first one."""
@@ -22,7 +30,7 @@ class Decision:
     plan: Plan | None = None
     placement: Placement | None = None
     receipt: Receipt | None = None
-    error: TandemError | None = None
+    failure: Failure | None = None
     was_waiting_for: Assignment | None = None
 
     @property
@@ -32,7 +40,7 @@ class Decision:
             return RequestState.WAITING if self.tracked.placement is None else RequestState.RUNNING
         if self.receipt is not None:
             return RequestState.FINISHED
-        if self.error is None:
+        if self.failure is None:
             return RequestState.CANCELLED
         return RequestState.REFUSED if self.plan is None else RequestState.FAILED
 
@@ -83,7 +91,7 @@ class Decisions:
         """A request was not even let wait; `assignment`: where it would have. Nothing where one of its id is being served."""
         known = self._decisions.get(request_id)
         if known is None or known.tracked is None:
-            self._remember(request_id, Decision(None, error=error, was_waiting_for=assignment))
+            self._remember(request_id, Decision(None, failure=Failure(error.reason, error.message), was_waiting_for=assignment))
 
     def placed(self, tracked: Tracked, plan: Plan, placement: Placement) -> None:
         """An attempt begins."""
@@ -96,7 +104,7 @@ class Decisions:
             return
         decision.tracked, decision.was_waiting_for = None, tracked.assignment
         if isinstance(outcome, TandemError):
-            decision.error = outcome
+            decision.failure = Failure(outcome.reason, outcome.message)
         else:
             decision.receipt = outcome
 

@@ -19,6 +19,11 @@ NO_PREFILL_WORKER = "no_prefill_worker"
 NO_DECODE_WORKER = "no_decode_worker"
 
 
+def named_terms(values: Mapping[str, float]) -> tuple[PredictedTerm, ...]:
+    """For the wire, in their order."""
+    return tuple(PredictedTerm(name=name, predicted=float(value)) for name, value in values.items())
+
+
 class Considered(NamedTuple):
     """One candidate for the prompt, in predicted seconds; for `tandem explain`. A decision makes some twenty."""
 
@@ -47,7 +52,7 @@ class Considered(NamedTuple):
             "cached_tokens": self.cached_tokens,
             "fetched_tokens": self.fetched_tokens,
         }
-        return tuple(PredictedTerm(name=name, predicted=float(value)) for name, value in named.items())
+        return named_terms(named)
 
 
 class DecodeConsidered(NamedTuple):
@@ -76,7 +81,7 @@ class DecodeConsidered(NamedTuple):
             "running_requests": self.running_requests,
             "kv_tokens": self.kv_tokens,
         }
-        return tuple(PredictedTerm(name=name, predicted=float(value)) for name, value in named.items())
+        return named_terms(named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

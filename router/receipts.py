@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from router.interval import PredictionKind
 from router.output_length import OutputLengths
-from router.placement import Assignment, Placement
+from router.placement import Assignment, Placement, named_terms
 from router.predict import LoadPredictor
 from router.tracked import Tracked
 from tandem.domain import PredictedTerm, Receipt
@@ -26,12 +26,6 @@ class Timeline:
     output_tokens: int  # resumed ones included, as the worker counts
     attempts: int
     first_token_attempt: int | None
-
-
-def waiting_terms(assignment: Assignment) -> tuple[PredictedTerm, ...]:
-    """The same names, as far as they are known of a request that waits."""
-    terms = {"queue_s": assignment.queue.mean_s, "ttft_s": assignment.ttft.mean_s, "ttft_q90_s": assignment.ttft.q90_s}
-    return tuple(PredictedTerm(name=name, predicted=value) for name, value in terms.items())
 
 
 def predicted_terms(placement: Placement, first: Assignment) -> tuple[PredictedTerm, ...]:
@@ -53,7 +47,12 @@ def predicted_terms(placement: Placement, first: Assignment) -> tuple[PredictedT
     }
     if placement.handoff_gap is not None:
         terms["handoff_gap_s"] = placement.handoff_gap.mean_s
-    return tuple(PredictedTerm(name=name, predicted=value) for name, value in terms.items())
+    return named_terms(terms)
+
+
+def waiting_terms(assignment: Assignment) -> tuple[PredictedTerm, ...]:
+    """The same names, as far as they are known of a request that waits."""
+    return named_terms({"queue_s": assignment.queue.mean_s, "ttft_s": assignment.ttft.mean_s, "ttft_q90_s": assignment.ttft.q90_s})
 
 
 def complete_receipt(

@@ -122,12 +122,12 @@ class RouterService:
                 field="request_id",
             )
         request_id, decision = remembered
-        assignment, placement, error = decision.assignment, decision.placement, decision.error
+        assignment, placement, failure = decision.assignment, decision.placement, decision.failure
         found = Explanation(
             request_id=request_id,
             state=decision.state,
-            reason="" if error is None else error.reason,
-            message="" if error is None else error.message,
+            reason="" if failure is None else failure.reason,
+            message="" if failure is None else failure.message,
             plan=decision.plan,
             candidates=(*_prompt_candidates(assignment), *_decode_candidates(placement)),
             receipt=decision.receipt,

@@ -99,9 +99,9 @@ async def serve_http_over(
 
 
 @asynccontextmanager
-async def serving(*routes: web.RouteDef) -> AsyncIterator[str]:
-    """The HTTP server with routes of the test's own; where it listens."""
-    server = await start_http("127.0.0.1", 0, routes, HttpCalls(), RouterMetrics(CollectorRegistry()))
+async def serving(*routes: web.RouteDef, registry: CollectorRegistry | None = None) -> AsyncIterator[str]:
+    """The HTTP server with routes of the test's own; where it listens. `registry`: of its metrics."""
+    server = await start_http("127.0.0.1", 0, routes, HttpCalls(), RouterMetrics(registry or CollectorRegistry()))
     try:
         yield server.address
     finally:

@@ -12,10 +12,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from router.event_stream import EventStream
-from router.http import start_http
-from router.http_calls import HTTP_CALL, HttpCalls
+from router.http_calls import HTTP_CALL
 from tandem.errors import CancelledRequestError
-from tandem.telemetry import RouterMetrics
 from tests.integration.fake_worker import Faults
 from tests.integration.http_router import PROMPT, HttpRouter, serve_http, serving
 from tests.integration.router_shell import CONFIG, eventually
@@ -74,14 +72,14 @@ async def test_a_stream_whose_write_finds_no_client_counts_as_left() -> None:
         raise CancelledRequestError
 
     registry = CollectorRegistry()
-    server = await start_http("127.0.0.1", 0, [web.get("/stream", leave)], HttpCalls(), RouterMetrics(registry))
-    try:
-        async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{server.port}/stream") as response:
-            assert response.status == 200
-            with pytest.raises(aiohttp.ClientError):
-                await response.read()
-    finally:
-        await server.stop(0.0)
+    async with (
+        serving(web.get("/stream", leave), registry=registry) as address,
+        aiohttp.ClientSession() as session,
+        session.get(f"http://{address}/stream") as response,
+    ):
+        assert response.status == 200
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
     assert registry.get_sample_value("tandem_router_http_responses_total", {"route": "/stream", "status": "499"}) == 1
 
 

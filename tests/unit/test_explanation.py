@@ -1,5 +1,6 @@
 """Why a request went where it went, to be asked for afterwards."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from router.core import RouterCore
 from router.decisions import Decisions
 from router.server import RouterService
 from router.shell import RouterShell
-from tandem.domain import ModelId, PredictedTerm, Receipt, ReplicaId, RequestId, RequestState
+from tandem.domain import ModelId, PredictedTerm, Receipt, ReplicaId, Request, RequestId, RequestState
 from tandem.errors import NotFoundError, ProtocolError, Reason
 from tandem.explain_cli import candidates_table, decode_table, outcome_table
 from tandem.explanation import Explanation, Part, explanation_from_pb, explanation_to_pb
@@ -203,6 +204,15 @@ async def test_who_is_refused_under_the_id_of_a_running_request_does_not_hide_it
     core.finished(R1, 1, Receipt(request_id=R1), 1.0)
     core.decisions.refused(R1, LOST, None)
     assert (await explained(core)).state is RequestState.REFUSED
+
+
+def test_what_is_remembered_of_a_refused_request_does_not_keep_its_prompt() -> None:
+    core = make_core(config=RouterConfig(max_running_requests=1, max_queued_requests=0))
+    submit(core)
+    only_reject(submit(core, "r2"))
+    gc.collect()
+    assert core.decisions.get(RequestId("r2")) is not None
+    assert not [one for one in gc.get_objects() if isinstance(one, Request) and one.request_id == "r2"]
 
 
 def test_a_state_that_is_not_known_is_refused() -> None:
