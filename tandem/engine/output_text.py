@@ -5,9 +5,10 @@ import time
 from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, IncrementalDetokenizer
 
 from tandem.domain import Sampling
+from tandem.engine.primed_stream import PRIMER_TOKENS, PrimedStream
 
 
 class VllmOutputText:
@@ -22,7 +23,7 @@ class VllmOutputText:
         )
         request = EngineCoreRequest(
             request_id="text",
-            prompt_token_ids=list(token_ids),
+            prompt_token_ids=list(token_ids[-PRIMER_TOKENS:]),
             mm_features=None,
             sampling_params=params,
             pooling_params=None,
@@ -32,6 +33,9 @@ class VllmOutputText:
             data_parallel_rank=None,
         )
         self._detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+        if isinstance(self._detokenizer, FastIncrementalDetokenizer):
+            skips = sampling.skip_special_tokens
+            self._detokenizer.stream = PrimedStream(self._detokenizer.tokenizer, token_ids, skip_special_tokens=skips)
 
     def add(self, token_ids: tuple[int, ...], *, is_stop_token: bool) -> str | None:
         """Takes new tokens; returns the stop string they complete, else None."""

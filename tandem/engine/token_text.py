@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from tandem.domain import Sampling
+from tandem.engine.primed_stream import NO_CHARACTER, PrimedStream
 from tandem.errors import ConfigError, Reason
 
 _MAX_WORDS = 4096  # looked at, so that a large vocabulary costs no start-up time
-_NO_CHARACTER = "�"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -36,7 +36,7 @@ def whole_words(tokenizer: Tokenizer) -> tuple[int, ...]:
     special = tokenizer.get_added_tokens_decoder().keys()
     candidates = [token_id for token_id in range(min(tokenizer.get_vocab_size(), _MAX_WORDS)) if token_id not in special]
     texts = tokenizer.decode_batch([[token_id] for token_id in candidates], skip_special_tokens=False)
-    return tuple(token_id for token_id, text in zip(candidates, texts, strict=True) if text and _NO_CHARACTER not in text)
+    return tuple(token_id for token_id, text in zip(candidates, texts, strict=True) if text and NO_CHARACTER not in text)
 
 
 class TokenText:
@@ -45,7 +45,7 @@ class TokenText:
     def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int], sampling: Sampling) -> None:
         self._tokenizer = tokenizer
         self._skips_special = sampling.skip_special_tokens
-        self._stream = DecodeStream(ids=list(token_ids), skip_special_tokens=self._skips_special)
+        self._stream: PrimedStream | DecodeStream = PrimedStream(tokenizer, token_ids, skip_special_tokens=self._skips_special)
         self._stop = sampling.stop
         self._min_tokens = sampling.min_tokens
         self._includes_stop = sampling.include_stop_str_in_output

@@ -2,12 +2,13 @@
 
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import pytest
+from tokenizers.decoders import DecodeStream
 
 from tandem.domain import Sampling
 from tandem.engine.base import OutputText
@@ -138,6 +139,56 @@ def test_half_a_character_is_held_back(make_bench: Callable[[], Bench]) -> None:
         taken.append(text.take(is_finished=False))
     assert [part for part in taken if part] == ["日", "本"]
     assert taken[0] == ""
+
+
+def text_after(prompt: list[int], output: list[int], make: Callable[[Sequence[int]], OutputText]) -> str:
+    text = make(prompt)
+    added(text, *[(token_id,) for token_id in output])
+    return text.take(is_finished=True)
+
+
+def makers() -> dict[str, Callable[[Sequence[int]], OutputText]]:
+    """Text primed with a prompt, with vLLM and without."""
+    benches = vllm_bench(), simulated_bench()
+    from tandem.engine.output_text import VllmOutputText
+
+    with_vllm, without = (bench.tokenizer for bench in benches)
+    return {
+        "vllm": lambda prompt: VllmOutputText(with_vllm, tuple(prompt), Sampling()),
+        "simulated": lambda prompt: TokenText(without, prompt, Sampling()),
+    }
+
+
+@pytest.mark.parametrize("maker", ["vllm", "simulated"])
+def test_output_after_a_prompt_that_ends_within_a_character_has_nothing_of_the_prompts(maker: str) -> None:
+    make, tokenizer = makers()[maker], load_tokenizer(bundled_model_path())
+    words, character, rest = (tokenizer.encode(part).ids for part in ("a long prompt " * 20, "日", " for it"))
+    assert len(character) == 3
+    assert text_after(words + character[:2], rest, make) == " for it"
+    assert text_after(words + character[:2], character[2:] + rest, make) == "日 for it"
+    assert text_after(words + character[:1] + character[:2], character[2:] + rest, make) == "日 for it"
+    assert text_after(words + character[:1] * 40, rest, make) == " for it"
+    assert text_after(words + tokenizer.encode("\ufffd").ids, rest, make) == " for it"
+    assert text_after(words, character + rest, make) == "日 for it"
+    assert text_after([], character + rest, make) == "日 for it"
+    assert text_after(character[:2], character[2:] + rest, make) == "日 for it"
+
+
+def test_output_after_any_other_prompt_is_as_vllm_gives_it() -> None:
+    ours, tokenizer = makers(), load_tokenizer(bundled_model_path())
+    rng, compared = Random(0), 0
+    for _ in range(300):
+        prompt, output = ([rng.randrange(1, 2048) for _ in range(rng.choice(lengths))] for lengths in ((1, 15, 16, 17, 60), (1, 8)))
+        if tokenizer.decode(prompt).endswith("\ufffd"):
+            continue
+        stream, expected = DecodeStream(ids=prompt, skip_special_tokens=True), ""
+        try:
+            expected = "".join(stream.step(tokenizer, token_id) or "" for token_id in output)
+        except Exception:  # bytes that are no text, where vLLM begins a new stream; tokenizers raises nothing narrower
+            continue
+        compared += 1
+        assert {name: text_after(prompt, output, make) for name, make in ours.items()} == dict.fromkeys(ours, expected)
+    assert compared > 100
 
 
 RANDOM_STOPS = ("e", "an", "in ", "xyz", "re")
