@@ -19,6 +19,7 @@ from random import Random
 from router.admission import Admission
 from router.backlog import Backlog
 from router.block_table import BindProbe
+from router.bookings import Bookings
 from router.config import RouterConfig
 from router.decisions import Decisions
 from router.estimator import pool_of
@@ -69,10 +70,10 @@ class RouterCore:
         self._rng = rng
         self._fleet = Fleet()
         self._ledger = Ledger(config.stamp_settle_s)
-        self._backlog = Backlog()
-        self._objectives = Objectives()
+        backlog, objectives = Backlog(), Objectives()
         self._lines = Lines()
         self._tenants = FairShares({} if weights is None else weights)
+        self._bookings = Bookings(self._ledger, backlog, objectives, self._tenants)
         self._tenant_requests: Counter[str] = Counter()
         self._lengths = OutputLengths()
         self.predictor = predictor or LoadPredictor()
@@ -83,7 +84,7 @@ class RouterCore:
             config,
             fleet=self._fleet,
             ledger=self._ledger,
-            backlog=self._backlog,
+            backlog=backlog,
             lines=self._lines.by_worker,
             prefixes=self._prefixes,
             predictor=self.predictor,
@@ -91,12 +92,12 @@ class RouterCore:
             rng=rng,
             shares=self._tenants,
             parameters=parameters or PolicyParameters(),
-            objectives=self._objectives,
+            objectives=objectives,
         )
         self._moves = Moves(config, self._fleet, self._ledger)
         self._requests: dict[RequestId, Tracked] = {}
         self._arrivals = 0
-        self._turns = Turns(config, self._fleet, self._planner, self._lines, self._tenants, self._requests, self._backlog, self.predictor)
+        self._turns = Turns(config, self._fleet, self._planner, self._lines, self._tenants, self._requests, backlog, self.predictor)
         self._recent = RecentIds(config.stamp_settle_s)
         self.decisions = Decisions(config.max_explained_requests)
         self.hot_prefixes = HotPrefixes(config, self.predictor)
@@ -198,15 +199,11 @@ class RouterCore:
             return []
         tracked, placement = found
         tracked.output_tokens += tokens
-        self._ledger.add_output(placement.decode.replica_id, tracked.key, tokens)
-        self._tenants.charge_output(tracked.request.tenant, tokens)
+        self._bookings.add_output(tracked, placement, tokens)
         if tracked.has_first_token:
             return []
         tracked.has_first_token = True
-        tracked.charged_tokens = 0
-        for lease in placement.prefill[:1]:
-            self._ledger.release(lease.replica_id, tracked.key, now_s)
-        self._backlog.end(placement.worker.replica_id, tracked.key, now_s)
+        self._bookings.prompt_computed(tracked, placement, now_s)
         living = [lease for lease in (*placement.prefill[:1], placement.decode) if self._fleet.is_known(lease)]
         if living:
             self._prefixes.record(tracked.block_keys, *map(holder_of, living))
@@ -274,8 +271,7 @@ class RouterCore:
             known = None
         self._fleet.see(lease, now_s)
         if known is None:
-            self._ledger.add_replica(lease.replica_id, lease.incarnation)
-            self._backlog.add_replica(lease.replica_id)
+            self._bookings.add_replica(lease)
         if lease.state is not ReplicaState.READY:
             self._turns.scatter(lease.replica_id, now_s)
         instructions += self._pump(now_s, (lease.replica_id, *self._turns.house(lease.model, now_s)))
@@ -391,30 +387,22 @@ class RouterCore:
         return self._refuse(tracked, OverloadedError(words, retry_after_s=retry_after_s, reason=Reason.PREDICTED_LATE), now_s)
 
     def _dispatch(self, tracked: Tracked, placement: Placement, now_s: float) -> Dispatch:
-        request, assignment, request_id = tracked.request, placement.assignment, tracked.request.request_id
+        request, assignment = tracked.request, placement.assignment
         self._turns.go(tracked, now_s)
-        self._admission.start(request_id)
+        self._admission.start(request.request_id)
         tracked.attempt += 1
         tracked.placement = placement
         tracked.has_first_token = False
         tracked.is_moving, tracked.moved_from = False, None
         tracked.dispatched_s = now_s
-        worker, tokens = placement.worker, assignment.uncached_tokens
-        for lease in placement.prefill[:1]:
-            self._ledger.book(lease.replica_id, tracked.key, prefill_tokens=tokens, kv_tokens=tracked.total_tokens)
-        decode_prefill_tokens = 0 if placement.prefill else tokens
-        self._ledger.book(placement.decode.replica_id, tracked.key, prefill_tokens=decode_prefill_tokens, kv_tokens=tracked.total_tokens)
-        self._objectives.add(placement.decode.replica_id, request.slo.tpot_s)
-        self._backlog.start(worker.replica_id, tracked.key, work_s=assignment.work_s, tokens=tokens, now_s=now_s)
-        self._tenants.charge_prompt(request.tenant, tokens)
-        tracked.charged_tokens = tokens
+        self._bookings.begin(tracked, placement, now_s)
         self.predictor.dispatched(request.model, assignment.work_s, now_s, is_guess=assignment.is_guess)
         self._note_queue(request.model, now_s)
         plan = make_plan(tracked, placement, self._config, plan_id=f"{self._rng.getrandbits(64):016x}", now_s=now_s)
         self.decisions.placed(tracked, plan, placement)
         for replica_id in placement.worker_ids:
             self._planner.note_load(replica_id)
-        return Dispatch(request_id=request_id, attempt=tracked.attempt, plan=plan)
+        return Dispatch(request_id=request.request_id, attempt=tracked.attempt, plan=plan)
 
     def _note_queue(self, model: ModelId, now_s: float) -> None:
         """Whether anything waits for the model now; a wait for its first replica says nothing of how fast its queue moves."""
@@ -430,13 +418,7 @@ class RouterCore:
 
     def _release(self, tracked: Tracked, now_s: float) -> None:
         if tracked.placement is not None:
-            for lease in (*tracked.placement.prefill[:1], tracked.placement.decode):
-                self._ledger.release(lease.replica_id, tracked.key, now_s)
-            self._backlog.end(tracked.placement.worker.replica_id, tracked.key, now_s)
-            self._objectives.remove(tracked.placement.decode.replica_id, tracked.request.slo.tpot_s)
-            if tracked.charged_tokens:  # no token came of it: the next attempt pays again
-                self._tenants.refund(tracked.request.tenant, tracked.charged_tokens)
-                tracked.charged_tokens = 0
+            self._bookings.end(tracked, tracked.placement, now_s)
             tracked.placement = None
 
     def _end(self, tracked: Tracked, outcome: Receipt | TandemError | None, now_s: float) -> None:
@@ -460,8 +442,7 @@ class RouterCore:
 
     def _lose(self, lease: Lease, now_s: float) -> list[Instruction]:
         self._fleet.lose(lease.replica_id, lease.incarnation, now_s)
-        self._ledger.remove_replica(lease.replica_id)
-        self._backlog.remove_replica(lease.replica_id)
+        self._bookings.remove_replica(lease.replica_id)
         self.predictor.pools.forget_replica(pool_of(lease), lease.replica_id)
         self._prefixes.drop(holder_of(lease))
         self._planner.note_load(lease.replica_id)
@@ -477,8 +458,7 @@ class RouterCore:
     def check_invariants(self) -> None:
         """What must hold between any two events; O(everything). Raises AssertionError."""
         self._admission.check_invariants()
-        self._ledger.check_invariants()
-        self._backlog.check_invariants()
+        self._bookings.check_invariants(self._fleet.leases, self._requests)
         self._lines.check_invariants()
         assert len(self._prefixes) <= self._config.max_prefix_blocks, "the prefix index is over its bound"
         reachable = set(map(holder_of, self._fleet.leases))
@@ -487,13 +467,7 @@ class RouterCore:
         assert queued == set(self._lines.requests), "lines and requests disagree on who waits"
         assert len(queued) == self.queued_requests, "queue and requests disagree on how many wait"
         assert set(self._tenants.active) == set(self._tenant_requests), "tenants without requests are active"
-        assert len(self._objectives) <= self.running_requests, "objectives of requests that do not run"
         assert len(self._requests) - len(queued) == self.running_requests, "queue and requests disagree on who runs"
-        for lease in self._fleet.leases:
-            for request_id, attempt in self._ledger.open_bookings(lease.replica_id):
-                tracked = self._requests[request_id]
-                assert tracked.placement is not None, f"{request_id} is booked on {lease.replica_id} and waits"
-                assert tracked.attempt == attempt, f"{request_id} is booked on {lease.replica_id} for an old attempt"
 
 
 def _worker_of(assignment: Assignment | None) -> tuple[ReplicaId, ...]:
