@@ -123,6 +123,7 @@ def _to_pb(request: Request, plan: Plan, worker: PlannedWorker, attempt: int, na
         sampling=sampling_to_pb(request.sampling),
         priority=request.priority,
         slack_s=plan.slack_s,
+        prefill_tokens=plan.prefill_tokens,
         cache_salt=request.cache_salt,
         replica_id=worker.replica_id,
         incarnation=worker.incarnation,

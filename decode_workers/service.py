@@ -18,7 +18,7 @@ from tandem.errors import EngineError, InvalidRequestError
 from tandem.rpc import Deadline, ServerCall
 from tandem.urgency import begun_priority, engine_priority
 from tandem.v1 import worker_pb2
-from tandem.worker_state import Run, WorkerState
+from tandem.worker_state import Run, WorkerState, tokens_to_compute
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class DecodeService:
             plan.router_id,
             request.request_id,
             message.attempt,
-            prefill_tokens=0 if is_handoff else request.total_tokens,
+            prefill_tokens=0 if is_handoff else tokens_to_compute(plan.prefill_tokens, request),
             kv_tokens=request.total_tokens,
         )
         with booking as run:

@@ -13,7 +13,7 @@ from tandem.faults import Faults
 from tandem.rpc import ServerCall
 from tandem.urgency import engine_priority
 from tandem.v1 import worker_pb2
-from tandem.worker_state import Run, WorkerState
+from tandem.worker_state import Run, WorkerState, tokens_to_compute
 
 
 class PrefillService:
@@ -39,7 +39,11 @@ class PrefillService:
         if self._faults.fires("prefill.fail_every"):
             raise EngineError("prefill failed by the fault hook prefill.fail_every")
         booking = self._state.accept(
-            message.router_id, request.request_id, message.attempt, prefill_tokens=request.total_tokens, kv_tokens=request.total_tokens
+            message.router_id,
+            request.request_id,
+            message.attempt,
+            prefill_tokens=tokens_to_compute(message.prefill_tokens, request),
+            kv_tokens=request.total_tokens,
         )
         with booking as run:
             engine_request = _to_engine_request(request, f"{request.request_id}.{message.attempt}.{run.number}", message.slack_s)

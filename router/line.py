@@ -102,6 +102,10 @@ class Line:
     def __iter__(self) -> Iterator[Waiting]:
         return iter(self._entries.values())
 
+    def get(self, request_id: RequestId) -> Waiting | None:
+        """The one of this id; None where it is not here."""
+        return self._entries.get(request_id)
+
     @property
     def work_s(self) -> float:
         """Predicted seconds of all that wait."""

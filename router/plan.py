@@ -22,6 +22,7 @@ def make_plan(tracked: Tracked, placement: Placement, config: RouterConfig, *, p
         slack_s=tracked.first_token_due_s - placement.assignment.own_s - now_s,
         prompt_blocks=len(tracked.block_hashes),
         cached_blocks=placement.assignment.cached_tokens // placement.decode.engine.block_size_tokens,
+        prefill_tokens=placement.assignment.uncached_tokens,
     )
 
 

@@ -60,11 +60,15 @@ class Planner:
         self._objectives = objectives
         self._estimator = Estimator(config, ledger=ledger, backlog=backlog, lines=lines, shares=shares, predictor=predictor)
         self._policy_state = PolicyState(rng=rng, parameters=parameters)
-        self._shortlist = Shortlist(fleet, ledger, backlog, lines, rng, on_gone=self._estimator.forget)
+        self._shortlist = Shortlist(fleet, ledger, backlog, lines, rng, on_gone=self._forget)
 
     def note_load(self, replica_id: ReplicaId) -> None:
         """What the replica has to do has changed, or it came or went."""
         self._shortlist.note_load(replica_id)
+
+    def _forget(self, replica_id: ReplicaId) -> None:
+        self._estimator.forget(replica_id)
+        self._policy_state.forget(replica_id)
 
     # The prompt's worker.
 

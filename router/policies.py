@@ -95,6 +95,11 @@ class PolicyState:
     given_tokens: dict[ReplicaId, int] = field(default_factory=dict)  # uncached tokens ever sent there: the size of its tree
     given_work: dict[ReplicaId, deque[tuple[float, float]]] = field(default_factory=dict)  # when, predicted seconds
 
+    def forget(self, replica_id: ReplicaId) -> None:
+        """The replica is gone."""
+        self.given_tokens.pop(replica_id, None)
+        self.given_work.pop(replica_id, None)
+
 
 Policy = Callable[[PrefillJob, Sequence[PrefillView], PolicyState], list[int]]
 """Indices into the views, best first; some may be left out. There is at least one view."""

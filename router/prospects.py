@@ -48,7 +48,11 @@ class Prospects:
         unserved_s = self._fleet.unserved_s(model, now_s)
         if error is None:
             wait_s = self.start_wait_s(model)
-            if unserved_s is None or unserved_s < wait_s:
+            if self._fleet.is_ready(model):
+                return []
+            if unserved_s is None:  # it was forgotten: too many other models came since
+                unserved_s = wait_s
+            if unserved_s < wait_s:
                 return []
             message = f"no replica of model {model!r} has been ready for {unserved_s:.1f} s"
             error = UnavailableError(message, reason=Reason.NO_REPLICA, retry_after_s=self._config.no_replica_wait_s)

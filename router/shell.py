@@ -20,7 +20,7 @@ from router.quota import Quotas
 from router.ticket import Ticket
 from tandem.deadline import Deadline
 from tandem.domain import BlockHash, Lease, ModelId, Namespace, Plan, Receipt, ReplicaId, Request, RequestId, Role, Stamp, WorkerLoad
-from tandem.errors import OverloadedError, Reason, TandemError, UnavailableError
+from tandem.errors import InvalidRequestError, OverloadedError, Reason, TandemError, UnavailableError
 from tandem.held_blocks import BlockChange
 from tandem.ownership import count_unowned
 from tandem.short_hash import SHORT_BYTES
@@ -153,6 +153,8 @@ class RouterShell:
         Raises DeadlineError, OverloadedError where the tenant is over its quota, InvalidRequestError for an id in use.
         """
         remaining_s, now_s = deadline.remaining_s("admission"), self.clock()
+        if request.request_id in self._tickets:  # ended in the core, perhaps, and its call has not heard of it yet
+            raise InvalidRequestError("request_id", f"a request {request.request_id!r} is being served")
         if not is_begun:
             self._check_quota(request)
         deadline_s = None if remaining_s is None else now_s + remaining_s

@@ -16,7 +16,7 @@ from router.placement import Assignment, Placement
 from router.planner import Planner
 from router.predict import LoadPredictor
 from router.tracked import Tracked
-from tandem.domain import ModelId, ReplicaId, RequestId
+from tandem.domain import Lease, ModelId, ReplicaId, RequestId
 
 _BEGUN_PRIORITY = -(2**31)  # of requests that go on after tokens: their clients are reading
 _RETHINK_S = 1.0  # beyond the wait that was predicted: then it may be quicker elsewhere by now
@@ -101,7 +101,7 @@ class Turns:
         """The request waits no more; nothing where it did not."""
         self._lines.discard(tracked.request.request_id)
         self._give_back(tracked)
-        tracked.assignment = None
+        tracked.assignment, tracked.roomless_s = None, None
 
     def scatter(self, replica_id: ReplicaId, now_s: float) -> None:
         """The worker takes nothing more: those in its line wait for others."""
@@ -152,21 +152,30 @@ class Turns:
         if not has_slot:
             self._stuck[replica_id] = None
             return None
-        starts_s = self._planner.starts_s(lease, now_s)
-        first = line.first(starts_s, self._shares)
+        first = line.first(self._planner.starts_s(lease, now_s), self._shares)
         assert first is not None
-        tracked = self._requests[first.request_id]
+        holder = line.get(self._reserved.get(lease.model, (first.request_id, None))[0])
+        if holder is not None and holder != first:
+            turn = self._try(holder, lease, now_s, is_holder=True)
+            if turn is not None:
+                return turn
+        return self._try(first, lease, now_s)
+
+    def _try(self, waiting: Waiting, lease: Lease, now_s: float, *, is_holder: bool = False) -> Turn | None:
+        """Its turn, if it may go. `is_holder`: a decode worker is kept for it, which would stand idle while others go first."""
+        tracked = self._requests[waiting.request_id]
         assert tracked.assignment is not None
-        if not tracked.has_output and not self._planner.is_open(lease, now_s):
-            return None  # its own news, or the tick, bring it back
-        if not tracked.has_output and self._shares.must_wait(first.tenant) and self._planner.ahead_s(lease, now_s) > 0.0:
-            return None  # another router's tenant has had less: it fills this worker, which is not to stand idle
-        is_late = first.latest_start_s < starts_s and tracked.arrived_s < now_s and not tracked.has_output
-        if is_late and tracked.request.sheddable and self._planner.is_trusted(lease.model):
-            return Turn(tracked, None)
+        if not tracked.has_output:
+            if not self._planner.is_open(lease, now_s):
+                return None  # its own news, or the tick, bring it back
+            if not is_holder and self._shares.must_wait(waiting.tenant) and self._planner.ahead_s(lease, now_s) > 0.0:
+                return None  # another router's tenant has had less: it fills this worker, which is not to stand idle
+            is_late = waiting.latest_start_s < self._planner.starts_s(lease, now_s) and tracked.arrived_s < now_s
+            if is_late and tracked.request.sheddable and self._planner.is_trusted(lease.model):
+                return Turn(tracked, None)
         placement = self._planner.try_place(tracked, tracked.assignment, now_s, closed=self._closed_to(tracked))
         if placement is None:
-            self._stuck[replica_id] = None
+            self._stuck[lease.replica_id] = None
             self._reserve(tracked, now_s)
             return None
         return Turn(tracked, placement)

@@ -354,6 +354,7 @@ class Plan:
     slack_s: float = 0.0  # until the prompt must be begun; below 0: it is late
     prompt_blocks: int = 0
     cached_blocks: int = 0
+    prefill_tokens: int = 0  # of the prompt, to be computed by its worker; 0: all
 
     def validate(self) -> None:
         """Raises InvalidRequestError where no router can have made it."""

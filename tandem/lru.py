@@ -48,8 +48,8 @@ class Lru(Generic[K, V]):
         return value
 
     def items(self) -> Iterator[tuple[K, V]]:
-        """Key and value, the one used longest ago first."""
-        return iter(self._values.items())
+        """Key and value as they are now, the one used longest ago first: a scrape's thread may look while others use them."""
+        return iter(list(self._values.items()))
 
     def discard(self, key: K) -> None:
         """Forgets the value; no harm where there is none."""

@@ -120,7 +120,9 @@ class WorkerCollector(Collector):
         load = self._load()
         yield GaugeMetricFamily("tandem_worker_running_requests", "Accepted attempts that have not ended", load.running_requests)
         yield GaugeMetricFamily(
-            "tandem_worker_pending_prefill_tokens", "Accepted prompt tokens before their first token", load.pending_prefill_tokens
+            "tandem_worker_pending_prefill_tokens",
+            "Prompt tokens of accepted attempts that are to be computed before their first token",
+            load.pending_prefill_tokens,
         )
         yield GaugeMetricFamily("tandem_worker_kv_tokens", "Tokens whose KV running attempts hold", load.kv_tokens)
         yield GaugeMetricFamily(

@@ -1,6 +1,6 @@
 """What one replica has accepted: totals for routers, stamps per router, and whom to wake when they change.
 
-Used by both worker services; knows neither the engine nor gRPC. Belongs to one event loop.
+Used by both worker services; knows neither the engine nor gRPC. Belongs to one event loop; totals may be read in any thread.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
-from tandem.domain import Lease, ReplicaState, RequestId
+from tandem.domain import Lease, ReplicaState, Request, RequestId
 from tandem.domain import Stamp as Stamp
 from tandem.domain import StampKind as StampKind
 from tandem.errors import InvalidRequestError, Reason, UnavailableError
@@ -34,6 +34,11 @@ class Run:
     kv_tokens: int
     generated_tokens: int = 0
     owner: Owner = field(default_factory=Owner)
+
+
+def tokens_to_compute(planned_tokens: int, request: Request) -> int:
+    """Of the request's prompt, by its plan: routers count the same, so that reports and their own bookings are in one measure."""
+    return min(planned_tokens or request.total_tokens, request.total_tokens)
 
 
 class Watcher:
@@ -92,17 +97,22 @@ class WorkerState:
     @property
     def unowned_requests(self) -> int:
         """Accepted attempts whose call has ended: a leak."""
-        return count_unowned(self._runs.values())
+        return count_unowned(self._open_runs)
 
     @property
     def pending_prefill_tokens(self) -> int:
-        """Accepted prompt tokens whose first token has not left."""
-        return sum(run.prefill_tokens for run in self._runs.values())
+        """Prompt tokens that accepted attempts have to compute, whose first token has not left."""
+        return sum(run.prefill_tokens for run in self._open_runs)
 
     @property
     def kv_tokens(self) -> int:
         """Tokens whose KV running attempts hold or will hold, output included."""
-        return sum(run.kv_tokens + run.generated_tokens for run in self._runs.values())
+        return sum(run.kv_tokens + run.generated_tokens for run in self._open_runs)
+
+    @property
+    def _open_runs(self) -> tuple[Run, ...]:
+        """Those there are now: metrics are read in a thread of their own."""
+        return tuple(self._runs.values())
 
     def check(self, model: str, incarnation: int, replica_id: str = "", namespace: str = "") -> None:
         """Raises UnavailableError where this replica is not the one meant, or takes no new work; InvalidRequestError for another model.

@@ -18,6 +18,7 @@ from tandem.errors import ConfigError
 TRACE_BLOCK_TOKENS = 512
 # Ids below this are often special (end of sequence, padding); every vocabulary that serves text has ids from here on.
 FIRST_PROMPT_TOKEN_ID = 3
+MAX_LENGTH_TOKENS = 10_000_000  # beyond every model's context
 # First words of seeds, so that no two uses draw the same numbers.
 _TIMES, _LENGTHS, _BLOCK, _TAIL = range(4)
 _Number = TypeVar("_Number", int, float)
@@ -133,13 +134,17 @@ def _row(line: str, where: str) -> TraceRow:
         )
     except KeyError as error:
         raise ConfigError(f"{where}: the field {error} is missing") from error
-    except (ValueError, OverflowError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{where}: the line nests too deep") from error
+    except ValueError as error:
         raise ConfigError(f"{where}: no request with timestamp, input_length and output_length ({error})") from error
     if not math.isfinite(row.time_s):
         raise ConfigError(f"{where}: times must be finite, timestamp is {row.time_s}")
     for field, values in (("input_length", (row.prompt_tokens,)), ("output_length", (row.output_tokens,)), ("hash_ids", row.block_ids)):
         if min(values, default=0) < 0:
             raise ConfigError(f"{where}: {field} must not be negative, got {min(values)}")
+        if field != "hash_ids" and max(values) > MAX_LENGTH_TOKENS:
+            raise ConfigError(f"{where}: {field} must be at most {MAX_LENGTH_TOKENS}, got {max(values):.4g}")
     return row
 
 
@@ -150,7 +155,10 @@ def _field(fields: Mapping[str, object], name: str, kind: Callable[[float], _Num
         raise ValueError(f"{name} must be a number, got {str(value)[:40]!r}")
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError(f"{name} must be a whole number, got {value}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large, or no number") from error
 
 
 def _block_ids(fields: Mapping[str, object]) -> list[object]:

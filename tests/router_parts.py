@@ -29,10 +29,11 @@ HANDING_OFF = RouterConfig(one_worker_max_tokens=0)
 
 
 class FixedShares:
-    """Tenants in the order of their names, or as said. Counts nothing."""
+    """Tenants in the order of their names, or as said. Counts nothing. `others_first`: this one's turn is another router's."""
 
-    def __init__(self, *order: str) -> None:
+    def __init__(self, *order: str, others_first: str = "") -> None:
         self._order = order
+        self._others_first = others_first
 
     def activate(self, tenant: str) -> None:
         """The tenant waits."""
@@ -42,8 +43,8 @@ class FixedShares:
         return sorted(tenants, key=lambda tenant: (self._order.index(tenant) if tenant in self._order else len(self._order), tenant))
 
     def must_wait(self, tenant: str) -> bool:
-        """Nobody waits elsewhere."""
-        return False
+        """Whether the others' turn is before its own."""
+        return tenant == self._others_first
 
     def weight(self, tenant: str) -> float:
         """All alike, but for the one called "heavy"."""

@@ -38,13 +38,15 @@ def simulate(
         float, typer.Option(min=0.01, max=10.0, help="Prefill seconds of all prompts without caches / (prefill replicas x time).")
     ] = 0.85,
     report_delay_s: Annotated[
-        float, typer.Option("--report-delay-s", min=0.0, help="How late the router learns of loads and stamps.")
+        float, typer.Option("--report-delay-s", min=0.0, max=3600.0, help="How late the router learns of loads and stamps.")
     ] = 0.0,
-    predictor_noise: Annotated[float, typer.Option(min=0.0, help="Sigma of a log-normal error of every prediction.")] = 0.0,
+    predictor_noise: Annotated[float, typer.Option(min=0.0, max=5.0, help="Sigma of a log-normal error of every prediction.")] = 0.0,
     slow_replica: Annotated[
-        float, typer.Option(min=0.01, metavar="FACTOR", help="One prefill replica is so much slower from half time.")
+        float, typer.Option(min=0.01, max=100.0, metavar="FACTOR", help="One prefill replica is so much slower from half time.")
     ] = 1.0,
-    slow_fleet: Annotated[float, typer.Option(min=0.01, metavar="FACTOR", help="All replicas are so much slower from half time.")] = 1.0,
+    slow_fleet: Annotated[
+        float, typer.Option(min=0.01, max=100.0, metavar="FACTOR", help="All replicas are so much slower from half time.")
+    ] = 1.0,
     requests: Annotated[int | None, typer.Option(min=2, help="The first so many of the trace. Default: all; 2000 synthetic ones.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs at the same time. Default: one a core.")] = _CORES,
     tune: Annotated[bool, typer.Option("--tune", help="Try the peers' parameters instead, and name the best.")] = False,

@@ -210,7 +210,7 @@ class PlannedWorker(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., store_address: _Optional[str] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("plan_id", "prefill", "decode", "manifest", "retry_budget", "deadline_remaining_s", "predicted", "one_worker_reason", "signature", "router_id", "slack_s")
+    __slots__ = ("plan_id", "prefill", "decode", "manifest", "retry_budget", "deadline_remaining_s", "predicted", "one_worker_reason", "signature", "router_id", "slack_s", "prefill_tokens")
     PLAN_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class Plan(_message.Message):
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     SLACK_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     plan_id: str
     prefill: _containers.RepeatedCompositeFieldContainer[PlannedWorker]
     decode: PlannedWorker
@@ -233,7 +234,8 @@ class Plan(_message.Message):
     signature: bytes
     router_id: str
     slack_s: float
-    def __init__(self, plan_id: _Optional[str] = ..., prefill: _Optional[_Iterable[_Union[PlannedWorker, _Mapping]]] = ..., decode: _Optional[_Union[PlannedWorker, _Mapping]] = ..., manifest: _Optional[_Union[BlockManifest, _Mapping]] = ..., retry_budget: _Optional[int] = ..., deadline_remaining_s: _Optional[float] = ..., predicted: _Optional[_Iterable[_Union[PredictedTerm, _Mapping]]] = ..., one_worker_reason: _Optional[str] = ..., signature: _Optional[bytes] = ..., router_id: _Optional[str] = ..., slack_s: _Optional[float] = ...) -> None: ...
+    prefill_tokens: int
+    def __init__(self, plan_id: _Optional[str] = ..., prefill: _Optional[_Iterable[_Union[PlannedWorker, _Mapping]]] = ..., decode: _Optional[_Union[PlannedWorker, _Mapping]] = ..., manifest: _Optional[_Union[BlockManifest, _Mapping]] = ..., retry_budget: _Optional[int] = ..., deadline_remaining_s: _Optional[float] = ..., predicted: _Optional[_Iterable[_Union[PredictedTerm, _Mapping]]] = ..., one_worker_reason: _Optional[str] = ..., signature: _Optional[bytes] = ..., router_id: _Optional[str] = ..., slack_s: _Optional[float] = ..., prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class BlockManifest(_message.Message):
     __slots__ = ("namespace", "prompt_blocks", "cached_blocks", "holders")

@@ -26,7 +26,7 @@ from tandem.v1 import common_pb2 as tandem_dot_v1_dot_common__pb2
 from tandem.v1 import inference_pb2 as tandem_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x19tandem/v1/inference.proto\"\x88\x02\n\x15WorkerGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x1c\n\x10resume_token_ids\x18\x05 \x03(\rB\x02\x10\x01\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x1d\n\x04plan\x18\x07 \x01(\x0b\x32\x0f.tandem.v1.Plan\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0bincarnation\x18\n \x01(\x04\"\xa7\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x16\n\x0eresumed_tokens\x18\x05 \x01(\r\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12\x11\n\trouter_id\x18\n \x01(\t\x12\x0f\n\x07slack_s\x18\x0b \x01(\x01\x12\x12\n\nreplica_id\x18\x0c \x01(\t\x12\x11\n\tnamespace\x18\r \x01(\t\"s\n\x0fPrefillResponse\x12,\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x15.tandem.v1.FirstTokenH\x00\x12)\n\tpublished\x18\x02 \x01(\x0b\x32\x14.tandem.v1.PublishedH\x00\x42\x07\n\x05\x65vent\"\xba\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12%\n\x08logprobs\x18\x02 \x01(\x0b\x32\x13.tandem.v1.Logprobs\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x11\n\tprefill_s\x18\x06 \x01(\x01J\x04\x08\x07\x10\x08\">\n\tPublished\x12\x18\n\x10published_blocks\x18\x01 \x01(\r\x12\x17\n\x0fpublished_bytes\x18\x02 \x01(\x04\"!\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\xa6\x02\n\rWatchResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x1f\n\x05lease\x18\x03 \x01(\x0b\x32\x10.tandem.v1.Lease\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad\x12\'\n\x06stamps\x18\x05 \x03(\x0b\x32\x17.tandem.v1.RequestStamp\x12+\n\x0c\x62lock_events\x18\x06 \x03(\x0b\x32\x15.tandem.v1.BlockEvent\x12,\n\x08progress\x18\x07 \x03(\x0b\x32\x1a.tandem.v1.RequestProgress\x12$\n\x05steps\x18\x08 \x03(\x0b\x32\x15.tandem.v1.StepSample\"{\n\nStepSample\x12\x16\n\x0eprefill_tokens\x18\x01 \x01(\x04\x12\x15\n\rprefill_pairs\x18\x02 \x01(\x04\x12\x17\n\x0f\x64\x65\x63ode_requests\x18\x03 \x01(\x04\x12\x11\n\tkv_tokens\x18\x04 \x01(\x04\x12\x12\n\nduration_s\x18\x05 \x01(\x01\"\xa4\x02\n\nWorkerLoad\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1e\n\x16pending_prefill_tokens\x18\x03 \x01(\x04\x12\x18\n\x10kv_used_fraction\x18\x04 \x01(\x01\x12\x11\n\tkv_tokens\x18\x05 \x01(\x04\x12\x1e\n\x16generated_tokens_total\x18\x06 \x01(\x04\x12\x1c\n\x14\x63orrupt_blocks_total\x18\x07 \x01(\x04\x12\x1c\n\x14missing_blocks_total\x18\x08 \x01(\x04\x12\x1a\n\x12loaded_bytes_total\x18\t \x01(\x04\x12\x1d\n\x15published_bytes_total\x18\n \x01(\x04\"\xa3\x01\n\x0cRequestStamp\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x04kind\x18\x03 \x01(\x0e\x32\x1c.tandem.v1.RequestStamp.Kind\"B\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x11\n\rKIND_ACCEPTED\x10\x01\x12\x11\n\rKIND_FINISHED\x10\x02\"H\n\x0fRequestProgress\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\"\xa5\x01\n\nBlockEvent\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.tandem.v1.BlockEvent.Kind\x12\x14\n\x0cshort_hashes\x18\x03 \x01(\x0c\"Q\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_STORED\x10\x01\x12\x10\n\x0cKIND_REMOVED\x10\x02\x12\x10\n\x0cKIND_CLEARED\x10\x03J\x04\x08\x02\x10\x03\",\n\x0c\x44rainRequest\x12\x1c\n\x14\x64\x65\x61\x64line_remaining_s\x18\x01 \x01(\x01\")\n\rDrainResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r2\x93\x02\n\x06Worker\x12K\n\x08Generate\x12 .tandem.v1.WorkerGenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12\x42\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x1a.tandem.v1.PrefillResponse0\x01\x12<\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x18.tandem.v1.WatchResponse0\x01\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\x1a\x16tandem/v1/common.proto\x1a\x19tandem/v1/inference.proto\"\x88\x02\n\x15WorkerGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x1c\n\x10resume_token_ids\x18\x05 \x03(\rB\x02\x10\x01\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x1d\n\x04plan\x18\x07 \x01(\x0b\x32\x0f.tandem.v1.Plan\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0bincarnation\x18\n \x01(\x04\"\xbf\x02\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x16\n\x0eresumed_tokens\x18\x05 \x01(\r\x12%\n\x08sampling\x18\x06 \x01(\x0b\x32\x13.tandem.v1.Sampling\x12\x10\n\x08priority\x18\x07 \x01(\x11\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12\x11\n\trouter_id\x18\n \x01(\t\x12\x0f\n\x07slack_s\x18\x0b \x01(\x01\x12\x12\n\nreplica_id\x18\x0c \x01(\t\x12\x11\n\tnamespace\x18\r \x01(\t\x12\x16\n\x0eprefill_tokens\x18\x0e \x01(\r\"s\n\x0fPrefillResponse\x12,\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x15.tandem.v1.FirstTokenH\x00\x12)\n\tpublished\x18\x02 \x01(\x0b\x32\x14.tandem.v1.PublishedH\x00\x42\x07\n\x05\x65vent\"\xba\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12%\n\x08logprobs\x18\x02 \x01(\x0b\x32\x13.tandem.v1.Logprobs\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.tandem.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x04 \x01(\t\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x11\n\tprefill_s\x18\x06 \x01(\x01J\x04\x08\x07\x10\x08\">\n\tPublished\x12\x18\n\x10published_blocks\x18\x01 \x01(\r\x12\x17\n\x0fpublished_bytes\x18\x02 \x01(\x04\"!\n\x0cWatchRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\xa6\x02\n\rWatchResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x1f\n\x05lease\x18\x03 \x01(\x0b\x32\x10.tandem.v1.Lease\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x15.tandem.v1.WorkerLoad\x12\'\n\x06stamps\x18\x05 \x03(\x0b\x32\x17.tandem.v1.RequestStamp\x12+\n\x0c\x62lock_events\x18\x06 \x03(\x0b\x32\x15.tandem.v1.BlockEvent\x12,\n\x08progress\x18\x07 \x03(\x0b\x32\x1a.tandem.v1.RequestProgress\x12$\n\x05steps\x18\x08 \x03(\x0b\x32\x15.tandem.v1.StepSample\"{\n\nStepSample\x12\x16\n\x0eprefill_tokens\x18\x01 \x01(\x04\x12\x15\n\rprefill_pairs\x18\x02 \x01(\x04\x12\x17\n\x0f\x64\x65\x63ode_requests\x18\x03 \x01(\x04\x12\x11\n\tkv_tokens\x18\x04 \x01(\x04\x12\x12\n\nduration_s\x18\x05 \x01(\x01\"\xa4\x02\n\nWorkerLoad\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x1e\n\x16pending_prefill_tokens\x18\x03 \x01(\x04\x12\x18\n\x10kv_used_fraction\x18\x04 \x01(\x01\x12\x11\n\tkv_tokens\x18\x05 \x01(\x04\x12\x1e\n\x16generated_tokens_total\x18\x06 \x01(\x04\x12\x1c\n\x14\x63orrupt_blocks_total\x18\x07 \x01(\x04\x12\x1c\n\x14missing_blocks_total\x18\x08 \x01(\x04\x12\x1a\n\x12loaded_bytes_total\x18\t \x01(\x04\x12\x1d\n\x15published_bytes_total\x18\n \x01(\x04\"\xa3\x01\n\x0cRequestStamp\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12*\n\x04kind\x18\x03 \x01(\x0e\x32\x1c.tandem.v1.RequestStamp.Kind\"B\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x11\n\rKIND_ACCEPTED\x10\x01\x12\x11\n\rKIND_FINISHED\x10\x02\"H\n\x0fRequestProgress\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\"\xa5\x01\n\nBlockEvent\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.tandem.v1.BlockEvent.Kind\x12\x14\n\x0cshort_hashes\x18\x03 \x01(\x0c\"Q\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_STORED\x10\x01\x12\x10\n\x0cKIND_REMOVED\x10\x02\x12\x10\n\x0cKIND_CLEARED\x10\x03J\x04\x08\x02\x10\x03\",\n\x0c\x44rainRequest\x12\x1c\n\x14\x64\x65\x61\x64line_remaining_s\x18\x01 \x01(\x01\")\n\rDrainResponse\x12\x18\n\x10running_requests\x18\x01 \x01(\r2\x93\x02\n\x06Worker\x12K\n\x08Generate\x12 .tandem.v1.WorkerGenerateRequest\x1a\x1b.tandem.v1.GenerateResponse0\x01\x12\x42\n\x07Prefill\x12\x19.tandem.v1.PrefillRequest\x1a\x1a.tandem.v1.PrefillResponse0\x01\x12<\n\x05Watch\x12\x17.tandem.v1.WatchRequest\x1a\x18.tandem.v1.WatchResponse0\x01\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,35 +42,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERGENERATEREQUEST']._serialized_start=89
   _globals['_WORKERGENERATEREQUEST']._serialized_end=353
   _globals['_PREFILLREQUEST']._serialized_start=356
-  _globals['_PREFILLREQUEST']._serialized_end=651
-  _globals['_PREFILLRESPONSE']._serialized_start=653
-  _globals['_PREFILLRESPONSE']._serialized_end=768
-  _globals['_FIRSTTOKEN']._serialized_start=771
-  _globals['_FIRSTTOKEN']._serialized_end=957
-  _globals['_PUBLISHED']._serialized_start=959
-  _globals['_PUBLISHED']._serialized_end=1021
-  _globals['_WATCHREQUEST']._serialized_start=1023
-  _globals['_WATCHREQUEST']._serialized_end=1056
-  _globals['_WATCHRESPONSE']._serialized_start=1059
-  _globals['_WATCHRESPONSE']._serialized_end=1353
-  _globals['_STEPSAMPLE']._serialized_start=1355
-  _globals['_STEPSAMPLE']._serialized_end=1478
-  _globals['_WORKERLOAD']._serialized_start=1481
-  _globals['_WORKERLOAD']._serialized_end=1773
-  _globals['_REQUESTSTAMP']._serialized_start=1776
-  _globals['_REQUESTSTAMP']._serialized_end=1939
-  _globals['_REQUESTSTAMP_KIND']._serialized_start=1873
-  _globals['_REQUESTSTAMP_KIND']._serialized_end=1939
-  _globals['_REQUESTPROGRESS']._serialized_start=1941
-  _globals['_REQUESTPROGRESS']._serialized_end=2013
-  _globals['_BLOCKEVENT']._serialized_start=2016
-  _globals['_BLOCKEVENT']._serialized_end=2181
-  _globals['_BLOCKEVENT_KIND']._serialized_start=2094
-  _globals['_BLOCKEVENT_KIND']._serialized_end=2175
-  _globals['_DRAINREQUEST']._serialized_start=2183
-  _globals['_DRAINREQUEST']._serialized_end=2227
-  _globals['_DRAINRESPONSE']._serialized_start=2229
-  _globals['_DRAINRESPONSE']._serialized_end=2270
-  _globals['_WORKER']._serialized_start=2273
-  _globals['_WORKER']._serialized_end=2548
+  _globals['_PREFILLREQUEST']._serialized_end=675
+  _globals['_PREFILLRESPONSE']._serialized_start=677
+  _globals['_PREFILLRESPONSE']._serialized_end=792
+  _globals['_FIRSTTOKEN']._serialized_start=795
+  _globals['_FIRSTTOKEN']._serialized_end=981
+  _globals['_PUBLISHED']._serialized_start=983
+  _globals['_PUBLISHED']._serialized_end=1045
+  _globals['_WATCHREQUEST']._serialized_start=1047
+  _globals['_WATCHREQUEST']._serialized_end=1080
+  _globals['_WATCHRESPONSE']._serialized_start=1083
+  _globals['_WATCHRESPONSE']._serialized_end=1377
+  _globals['_STEPSAMPLE']._serialized_start=1379
+  _globals['_STEPSAMPLE']._serialized_end=1502
+  _globals['_WORKERLOAD']._serialized_start=1505
+  _globals['_WORKERLOAD']._serialized_end=1797
+  _globals['_REQUESTSTAMP']._serialized_start=1800
+  _globals['_REQUESTSTAMP']._serialized_end=1963
+  _globals['_REQUESTSTAMP_KIND']._serialized_start=1897
+  _globals['_REQUESTSTAMP_KIND']._serialized_end=1963
+  _globals['_REQUESTPROGRESS']._serialized_start=1965
+  _globals['_REQUESTPROGRESS']._serialized_end=2037
+  _globals['_BLOCKEVENT']._serialized_start=2040
+  _globals['_BLOCKEVENT']._serialized_end=2205
+  _globals['_BLOCKEVENT_KIND']._serialized_start=2118
+  _globals['_BLOCKEVENT_KIND']._serialized_end=2199
+  _globals['_DRAINREQUEST']._serialized_start=2207
+  _globals['_DRAINREQUEST']._serialized_end=2251
+  _globals['_DRAINRESPONSE']._serialized_start=2253
+  _globals['_DRAINRESPONSE']._serialized_end=2294
+  _globals['_WORKER']._serialized_start=2297
+  _globals['_WORKER']._serialized_end=2572
 # @@protoc_insertion_point(module_scope)

@@ -34,7 +34,7 @@ class WorkerGenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., plan: _Optional[_Union[_common_pb2.Plan, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "model", "prompt_token_ids", "resumed_tokens", "sampling", "priority", "cache_salt", "incarnation", "router_id", "slack_s", "replica_id", "namespace")
+    __slots__ = ("request_id", "attempt", "model", "prompt_token_ids", "resumed_tokens", "sampling", "priority", "cache_salt", "incarnation", "router_id", "slack_s", "replica_id", "namespace", "prefill_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class PrefillRequest(_message.Message):
     SLACK_S_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     model: str
@@ -61,7 +62,8 @@ class PrefillRequest(_message.Message):
     slack_s: float
     replica_id: str
     namespace: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resumed_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., incarnation: _Optional[int] = ..., router_id: _Optional[str] = ..., slack_s: _Optional[float] = ..., replica_id: _Optional[str] = ..., namespace: _Optional[str] = ...) -> None: ...
+    prefill_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., resumed_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., incarnation: _Optional[int] = ..., router_id: _Optional[str] = ..., slack_s: _Optional[float] = ..., replica_id: _Optional[str] = ..., namespace: _Optional[str] = ..., prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("first_token", "published")

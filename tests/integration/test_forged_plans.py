@@ -106,6 +106,8 @@ RECOMPUTED: list[tuple[str, Change, str]] = [
     ("blocks of a node that is none", lambda message: message.plan.manifest.holders.add(node="nowhere", num_blocks=2**31), ""),
     ("the latest start there is", lambda message: setattr(message.plan, "slack_s", -1.7e308), ""),
     ("the earliest start there is", lambda message: setattr(message.plan, "slack_s", 1.7e308), ""),
+    ("less to compute than there is", lambda message: setattr(message.plan, "prefill_tokens", 1), ""),
+    ("more to compute than there is", lambda message: setattr(message.plan, "prefill_tokens", 2**32 - 1), ""),
 ]
 
 

@@ -272,12 +272,17 @@ class TestWatch:
             for _ in range(3):
                 assert not (await watching.read()).stamps
 
-    async def test_load_counts_what_runs(self, cluster: FakeCluster) -> None:
+    @pytest.mark.parametrize(("planned_tokens", "pending_tokens"), [(0, PROMPT_TOKENS), (2, 2), (2**32 - 1, PROMPT_TOKENS)])
+    async def test_load_counts_what_runs_and_what_it_has_to_compute_by_its_plan(
+        self, cluster: FakeCluster, planned_tokens: int, pending_tokens: int
+    ) -> None:
         cluster.decode.engine.gate.clear()
-        async with self.watching(cluster.decode) as watching, cluster.open(cluster.message()) as stream:
+        request = cluster.message()
+        request.plan.prefill_tokens = planned_tokens
+        async with self.watching(cluster.decode) as watching, cluster.open(request) as stream:
             while (message := await watching.read()).load.running_requests == 0:
                 pass
-            assert (message.load.pending_prefill_tokens, message.load.kv_tokens) == (PROMPT_TOKENS, PROMPT_TOKENS)
+            assert (message.load.pending_prefill_tokens, message.load.kv_tokens) == (pending_tokens, PROMPT_TOKENS)
             cluster.decode.engine.gate.set()
             while await read(stream) is not None:
                 pass

@@ -37,7 +37,7 @@ def test_blocks_are_those_of_the_prompt_and_those_that_need_not_be_computed() ->
     parts = RouterParts("prefill-0", "decode-0")
     parts.hold("prefill-0", 4)
     plan = _plan(parts)
-    assert (plan.prompt_blocks, plan.cached_blocks) == (6, 4)
+    assert (plan.prompt_blocks, plan.cached_blocks, plan.prefill_tokens) == (6, 4, 2 * 32)
 
 
 @pytest.mark.parametrize(("deadline_s", "left_s"), [(None, None), (3.5, 2.5)])

@@ -134,6 +134,8 @@ def test_sglang_balances_where_loads_are_uneven_follows_matches_and_else_grows_t
     assert best("sglang_cache_aware", [view(1, cached=900, running=4), view(2)], memory=memory) == 0
     assert memory.given_tokens == {ReplicaId("p001"): 100, ReplicaId("p002"): 1000}
     assert best("sglang_cache_aware", [view(1), view(2)], memory=memory) == 0
+    memory.forget(ReplicaId("p001"))
+    assert memory.given_tokens == {ReplicaId("p002"): 1000}
 
 
 def test_preble_exploits_a_hit_of_more_than_half_until_its_holder_has_been_given_too_much() -> None:
@@ -141,6 +143,8 @@ def test_preble_exploits_a_hit_of_more_than_half_until_its_holder_has_been_given
     holder = [view(1), view(2, cached=600)]
     assert [best("preble_e2", holder, memory=memory) for _ in range(4)] == [1, 1, 1, 0]
     assert best("preble_e2", holder, job(now_s=20.0), memory) == 1, "what lies before the window is forgotten"
+    memory.forget(ReplicaId("p002"))
+    assert memory.given_work.keys() == {ReplicaId("p001")}
 
 
 def test_preble_explores_by_the_work_given_and_this_prefill() -> None:

@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 
 from router.config import RouterConfig
-from tandem.domain import ModelId, Receipt, ReplicaId, RequestId, Stamp, StampKind, WorkerLoad
+from tandem.domain import ModelId, Receipt, ReplicaId, RequestId, Role, Stamp, StampKind, WorkerLoad
 from tandem.errors import DeadlineError, InvalidRequestError, NotFoundError, OverloadedError
+from tandem.held_blocks import BlockChange
+from tandem.short_hash import short_hashes
 from tandem.step_sample import StepSample
-from tests.core_talk import LOST, R1, R2, R3, make_core, only_dispatch, only_reject, predicted_work, submit
-from tests.samples import make_request
+from tandem.worker_state import WorkerState, tokens_to_compute
+from tests.core_talk import HASHES, LOST, R1, R2, R3, make_core, only_dispatch, only_reject, predicted_work, submit
+from tests.samples import make_lease, make_request
 
 
 def test_a_request_is_dispatched_to_a_prefill_and_a_decode_worker_together() -> None:
@@ -143,6 +146,21 @@ def test_reports_correct_the_load_and_old_ones_are_not_believed() -> None:
     assert core.replicas(0.0)[1].load.pending_prefill_tokens == 100
     assert not core.report(replica_id, 1, 1, WorkerLoad(), ())
     assert not core.report(replica_id, 2, 2, WorkerLoad(), ())
+
+
+def test_a_worker_that_accepts_what_was_planned_has_no_more_ahead_than_was_booked() -> None:
+    core = make_core()
+    lease = make_lease("prefill-0", Role.PREFILL)
+    core.cached(lease.replica_id, 1, BlockChange(stored=short_hashes(HASHES).tobytes()))
+    request = make_request("r1", 100)
+    plan = only_dispatch(submit(core)).plan
+    before = predicted_work(core)
+    assert 0 < plan.prefill_tokens < 100
+    state = WorkerState(lease)
+    with state.accept("router-0", R1, 1, prefill_tokens=tokens_to_compute(plan.prefill_tokens, request), kv_tokens=request.total_tokens):
+        load = WorkerLoad(running_requests=1, pending_prefill_tokens=state.pending_prefill_tokens, kv_tokens=state.kv_tokens)
+        assert core.report(lease.replica_id, 1, 1, load, [Stamp(request_id=R1, attempt=1, kind=StampKind.ACCEPTED)])
+        assert predicted_work(core) == before
 
 
 def test_stamps_that_never_come_are_forgotten() -> None:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from router.config import RouterConfig
 from router.core import RouterCore
+from router.fleet import MAX_KNOWN_MODELS
 from router.shell import Demand, RouterShell
 from tandem.deadline import Deadline
 from tandem.domain import Lease, ModelId, ReplicaId
@@ -223,6 +224,37 @@ async def test_a_request_that_is_served_wakes_nobody() -> None:
     shell.replica_seen(make_lease())
     shell.close(shell.submit(make_request(), [], NEVER))
     assert shell.wake_ups == 0
+
+
+async def test_an_id_is_in_use_until_its_call_has_heard_that_it_has_ended() -> None:
+    shell = Shell()
+    shell.replica_seen(make_lease())
+    shell.replica_lost(ReplicaId("decode-0"), 1)
+    ticket = shell.submit(make_request(), [], NEVER)
+    shell.now_s = 6.0
+    shell._carry_out(shell.core.tick(shell.now_s))
+    with pytest.raises(InvalidRequestError, match="is being served"):
+        shell.submit(make_request(), [], NEVER)
+    with pytest.raises(UnavailableError, match="no replica"):
+        await ticket.next_dispatch()
+    shell.close(ticket)
+    shell.close(shell.submit(make_request(), [], NEVER))
+
+
+async def test_a_model_that_was_forgotten_meanwhile_is_waited_for_as_long_as_any() -> None:
+    shell = Shell()
+    shell.replica_seen(make_lease())
+    shell.replica_lost(ReplicaId("decode-0"), 1)
+    ticket = shell.submit(make_request(), [], NEVER)
+    for number in range(MAX_KNOWN_MODELS + 1):
+        shell.replica_seen(make_lease(model=ModelId(f"other-{number}")))
+    for now_s in (4.9, 5.1):
+        assert shell.core.queued_requests == 1
+        shell.now_s = now_s
+        shell._carry_out(shell.core.tick(now_s))
+    with pytest.raises(UnavailableError, match="no replica"):
+        await ticket.next_dispatch()
+    shell.close(ticket)
 
 
 def test_calls_held_for_one_model_refuse_nobody_who_wants_another() -> None:

@@ -7,47 +7,12 @@ import pytest
 
 from router.config import QueueOrder, RouterConfig
 from router.tracked import Tracked
-from router.turns import Turn, Turns
 from tandem.domain import ModelId, ReplicaId, ReplicaState, RequestId, Role, Slo, WorkerLoad
 from tests.router_parts import HANDING_OFF, FixedShares, RouterParts, distrust, make_tracked
+from tests.router_queue import D0, P0, P1, Queue
 from tests.samples import make_lease
 
-P0, P1, D0 = ReplicaId("prefill-0"), ReplicaId("prefill-1"), ReplicaId("decode-0")
 CHUNK = 2048
-
-
-class Queue(RouterParts):
-    """Parts, and the requests that wait."""
-
-    def __init__(self, *replicas: str, config: RouterConfig = HANDING_OFF, shares: FixedShares | None = None) -> None:
-        super().__init__(*replicas, config=config)
-        self.queue: Turns = self.turns(shares)
-
-    def wait(self, *waits: Tracked, now_s: float = 0.0) -> float:
-        """They wait from now on; answers the seconds of the last one's prefill."""
-        work_s = 0.0
-        for tracked in waits:
-            self.requests[tracked.request.request_id] = tracked
-            work_s = self.queue.line_up(tracked, self.planner.try_assign(tracked, now_s), now_s)
-            self.lines.check_invariants()
-        return work_s
-
-    def next(self, replica_id: ReplicaId = P0, now_s: float = 0.0, *, has_slot: bool = True) -> Turn | None:
-        return self.queue.try_next(replica_id, now_s, has_slot=has_slot)
-
-    def go(self, replica_id: ReplicaId = P0, now_s: float = 0.0) -> list[str]:
-        """Everybody of the line whose turn it is, with what they add booked as the core does it."""
-        gone = []
-        while (turn := self.next(replica_id, now_s)) is not None:
-            tracked = turn.tracked
-            self.queue.leave(tracked)
-            self.lines.check_invariants()
-            if turn.placement is not None:
-                assignment = turn.placement.assignment
-                tokens = assignment.uncached_tokens
-                self.backlog.start(replica_id, (tracked.request.request_id, 1), work_s=assignment.own_s, tokens=tokens, now_s=now_s)
-            gone.append(str(tracked.request.request_id))
-        return gone
 
 
 def chunks(*names: str, **changes: int) -> list[Tracked]:
@@ -252,68 +217,6 @@ class TestRethinking:
         parts.fleet.lose(D0, 1, 0.0)
         parts.queue.rethink(9.0)
         assert set(parts.lines) == {D0}
-
-
-class TestReserving:
-    """A prompt of 4,000 tokens finds no room on decode workers of 6,000 tokens that hold 3,000 each."""
-
-    def full(self) -> tuple[Queue, Tracked]:
-        parts = Queue("prefill-0", "prefill-1", "decode-0", "decode-1")
-        for name, kv_tokens in (("decode-0", 3100), ("decode-1", 3000)):
-            parts.engine(name, kv_blocks=188)
-            parts.report(name, running_requests=2, kv_tokens=kv_tokens)
-        large = make_tracked("large", 4000, expected_output_tokens=16)
-        parts.wait(large)
-        return parts, large
-
-    def small(self, parts: Queue) -> Tracked:
-        return make_tracked("small", 100, expected_output_tokens=16, arrival=2)
-
-    def test_smaller_ones_pass_it_for_a_while_and_then_leave_it_the_emptiest_worker(self) -> None:
-        parts, _ = self.full()
-        small = self.small(parts)
-        parts.wait(small)
-        assert small.assignment is not None
-        line = small.assignment.worker.replica_id
-        for now_s, decode in ((0.0, "decode-1"), (4.9, "decode-1"), (5.0, "decode-0")):
-            assert parts.next(P0, now_s) is None
-            turn = parts.next(line, now_s)
-            assert turn is not None
-            assert turn.placement is not None
-            assert turn.placement.decode.replica_id == decode
-
-    def test_it_goes_there_once_it_fits_and_the_worker_is_everybodys_again(self) -> None:
-        parts, large = self.full()
-        for now_s in (0.0, 5.0):
-            assert parts.next(P0, now_s) is None
-        assert parts.ledger.report(ReplicaId("decode-1"), 1, 2, WorkerLoad(running_requests=1, kv_tokens=100))
-        assert parts.go(P0, 6.0) == ["large"]
-        assert parts.queue.lines_due((), 6.0) == []
-        assert large.assignment is None
-        parts.wait(self.small(parts), now_s=6.0)
-        turn = parts.next(P1, 6.0) or parts.next(P0, 7.0)
-        assert turn is not None
-        assert turn.placement is not None
-        assert turn.placement.decode.replica_id == "decode-1"
-
-    def test_the_worker_that_serves_it_alone_is_kept_for_it(self) -> None:
-        parts = Queue("decode-0")
-        parts.report("decode-0", running_requests=64)
-        parts.wait(make_tracked("large", 40, arrival=1), make_tracked("small", 10, arrival=2, priority=1))
-        for now_s in (0.0, 5.0):
-            assert parts.next(D0, now_s) is None
-        assert parts.ledger.report(D0, 1, 2, WorkerLoad(running_requests=1))
-        assert parts.go(D0, 6.0) == ["large", "small"]
-
-    def test_nothing_is_kept_where_no_decode_worker_is_left(self) -> None:
-        parts, _ = self.full()
-        parts.next(P0, 0.0)
-        for name in ("decode-0", "decode-1"):
-            parts.fleet.lose(ReplicaId(name), 1, 0.0)
-        parts.report("prefill-0", running_requests=64)
-        assert parts.next(P0, 5.0) is None  # its prefill worker would do both, and is full
-        assert parts.ledger.report(P0, 1, 2, WorkerLoad())
-        assert parts.next(P0, 6.0) is not None
 
 
 class TestMoving:

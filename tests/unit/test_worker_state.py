@@ -8,8 +8,8 @@ import pytest
 from tandem.domain import ReplicaState, RequestId, Stamp, StampKind
 from tandem.errors import InvalidRequestError, Reason, UnavailableError
 from tandem.step_sample import StepSample
-from tandem.worker_state import MAX_MESSAGE_STEPS, WorkerState
-from tests.samples import make_lease
+from tandem.worker_state import MAX_MESSAGE_STEPS, WorkerState, tokens_to_compute
+from tests.samples import make_lease, make_request
 
 MINUTE_S = 60.0
 
@@ -29,6 +29,11 @@ def test_an_attempt_counts_for_as_long_as_it_runs() -> None:
             assert (state.running_requests, state.pending_prefill_tokens, state.kv_tokens) == (2, 10, 17)
         assert (state.running_requests, state.pending_prefill_tokens, state.kv_tokens) == (1, 10, 12)
     assert (state.running_requests, state.pending_prefill_tokens, state.kv_tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("planned_tokens", "tokens"), [(0, 103), (7, 7), (103, 103), (2**32 - 1, 103)])
+def test_what_is_to_be_computed_is_as_planned_and_no_more_than_there_is(planned_tokens: int, tokens: int) -> None:
+    assert tokens_to_compute(planned_tokens, make_request("r", 100, resume_token_ids=(1, 2, 3))) == tokens
 
 
 def test_an_attempt_that_fails_is_freed_too() -> None:

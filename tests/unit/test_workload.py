@@ -130,7 +130,9 @@ def test_a_trace_of_one_moment_is_sent_at_once() -> None:
         ('{"timestamp": 1, "input_length": 1.5, "output_length": 1}', "input_length must be a whole number, got 1.5"),
         ('{"timestamp": 1, "input_length": Infinity, "output_length": 1}', "input_length must be a whole number"),
         ('{"timestamp": true, "input_length": 1, "output_length": 1}', "timestamp must be a number, got 'True'"),
-        (f'{{"timestamp": 1{"0" * 400}, "input_length": 1, "output_length": 1}}', "t:2: no request"),
+        (f'{{"timestamp": 1{"0" * 400}, "input_length": 1, "output_length": 1}}', "timestamp is too large"),
+        (f'{{"timestamp": 1, "input_length": 1{"0" * 20}, "output_length": 1}}', "t:2: input_length must be at most 10000000, got 1e"),
+        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": ' + "[" * 100_000, "t:2: the line nests too deep"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": 3}', "t:2: no request"),
     ],
 )
