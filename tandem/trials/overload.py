@@ -18,7 +18,7 @@ _STEP_S = 40.0
 _OUTPUT_TOKENS = 4
 _EXPIRED = 1000
 _RATES = (10.0, 15.0, 20.0, 27.0, 36.0, 48.0, 60.0)  # with the overload eight steps
-_GROWTH_FRACTION = 0.02  # a smaller change is neither growth nor a fall
+_GROWTH_FRACTION = 0.02  # less is no growth
 _OVERLOAD = 3.0
 _BURSTS, _PROBE_EVERY_S = 6, 0.1
 
@@ -56,14 +56,14 @@ async def goodput(fleet: Fleet) -> dict[str, object]:
 
 
 async def climb(offer: Callable[[float], Awaitable[Step]], rates_rps: Sequence[float] = _RATES) -> list[Step]:
-    """Offers rising rates until goodput has fallen by 2 % of the best, or has twice in turn not grown by as much, or all are offered."""
+    """Offers rising rates until goodput has twice in turn not grown by 2 % of the best, or all are offered: one dip is no peak."""
     steps, best_rps, flat = list[Step](), 0.0, 0
     for rate_rps in rates_rps:
         step = await offer(rate_rps)
         steps.append(step)
         goodput_rps = step["goodput_rps"]
         flat = 0 if goodput_rps > (1 + _GROWTH_FRACTION) * best_rps else flat + 1
-        if flat == 2 or goodput_rps < (1 - _GROWTH_FRACTION) * best_rps:
+        if flat == 2:
             break
         best_rps = max(best_rps, goodput_rps)
     return steps

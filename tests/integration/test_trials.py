@@ -70,7 +70,8 @@ def test_errors_and_coverage_follow_from_receipts() -> None:
     ("goodputs_rps", "offered", "best_rps", "full_rps"),
     [
         ((10, 15, 20, 25, 30, 35, 40), 7, 40, 7),  # to the largest rate
-        ((10, 15, 20, 16, 99), 4, 20, 3),  # until it falls
+        ((10, 15, 20, 16, 12, 99), 5, 20, 3),  # until it has fallen twice
+        ((10, 9, 20, 21, 21, 21, 99), 6, 21, 4),  # a dip is no peak
         ((10, 15, 15.2, 15.3, 99), 4, 15.3, 2),  # until it has twice not grown
         ((10, 15, 14.9, 17, 17.1, 17.2, 99), 6, 17.2, 4),  # once is no end
         ((0, 0, 9), 2, 0, 1),  # a fleet that serves nobody
