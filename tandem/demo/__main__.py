@@ -45,7 +45,6 @@ _MODEL = "bundled"
 _TIMED_REPEATS = 15
 _TIMED_TOKENS = 1000
 _HELD_BACK_S = 0.5
-_HOLD_S = 1.1 * _HELD_BACK_S  # what the fault waits: it begins before the first token is read, so a gap is shorter
 _HELD_BACK_REPEATS = 7
 _START_S = 120.0
 _STOP_S = 60.0
@@ -274,7 +273,7 @@ async def hold_back(cluster: Cluster, client: tandem.AsyncClient, prompts: Promp
     """Whether the first token leaves before any KV has moved: TTFT of a pair whose transfers wait, against the ordinary pair."""
     leases = {lease.role: lease for lease in await ready_leases(client)}
     decode, prefill = leases[Role.DECODE], leases[Role.PREFILL]
-    async with beside(cluster.node(), Role.PREFILL, "held-prefill", faults=f"kv_publish.delay_s={_HOLD_S}") as replica:
+    async with beside(cluster.node(), Role.PREFILL, "held-prefill", faults=f"kv_publish.delay_s={_HELD_BACK_S}") as replica:
         usual, held = DirectCaller(decode, [prefill]), DirectCaller(decode, [await replica.wait_running()])
         await held.run(prompts.next(320), 4)
         usual_runs, held_runs = [], []
@@ -285,12 +284,12 @@ async def hold_back(cluster: Cluster, client: tandem.AsyncClient, prompts: Promp
         await held.close()
     usual_s = statistics.median(run.times_s[0] for run in usual_runs)
     held_s = statistics.median(run.times_s[0] for run in held_runs)
-    gap_s = min(run.times_s[1] - run.times_s[0] for run in held_runs)
+    second_s = min(run.times_s[1] for run in held_runs)  # with KV: none may come before the transfers, which begin after the call
     return {
-        "first_token_before_kv": held_s < usual_s + _HELD_BACK_S / 2 and gap_s >= _HELD_BACK_S,
+        "first_token_before_kv": held_s < usual_s + _HELD_BACK_S / 2 and second_s >= _HELD_BACK_S,
         "held_back_ttft_p50_s": held_s,
         "not_held_back_ttft_p50_s": usual_s,
-        "held_back_gap_min_s": gap_s,
+        "held_back_second_token_min_s": second_s,
     }
 
 
