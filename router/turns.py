@@ -152,16 +152,18 @@ class Turns:
         if not has_slot:
             self._stuck[replica_id] = None
             return None
-        first = line.first(self._planner.starts_s(lease, now_s), self._shares)
+        starts_s = self._planner.starts_s(lease, now_s)
+        first = line.first(starts_s, self._shares)
         assert first is not None
-        holder = line.get(self._reserved.get(lease.model, (first.request_id, None))[0])
-        if holder is not None and holder != first:
-            turn = self._try(holder, lease, now_s, is_holder=True)
+        reserved = self._reserved.get(lease.model)
+        holder = None if reserved is None else line.get(reserved[0])
+        if holder is not None and holder is not first:
+            turn = self._try(holder, lease, now_s, starts_s, is_holder=True)
             if turn is not None:
                 return turn
-        return self._try(first, lease, now_s)
+        return self._try(first, lease, now_s, starts_s)
 
-    def _try(self, waiting: Waiting, lease: Lease, now_s: float, *, is_holder: bool = False) -> Turn | None:
+    def _try(self, waiting: Waiting, lease: Lease, now_s: float, starts_s: float, *, is_holder: bool = False) -> Turn | None:
         """Its turn, if it may go. `is_holder`: a decode worker is kept for it, which would stand idle while others go first."""
         tracked = self._requests[waiting.request_id]
         assert tracked.assignment is not None
@@ -170,7 +172,7 @@ class Turns:
                 return None  # its own news, or the tick, bring it back
             if not is_holder and self._shares.must_wait(waiting.tenant) and self._planner.ahead_s(lease, now_s) > 0.0:
                 return None  # another router's tenant has had less: it fills this worker, which is not to stand idle
-            is_late = waiting.latest_start_s < self._planner.starts_s(lease, now_s) and tracked.arrived_s < now_s
+            is_late = waiting.latest_start_s < starts_s and tracked.arrived_s < now_s
             if is_late and tracked.request.sheddable and self._planner.is_trusted(lease.model):
                 return Turn(tracked, None)
         placement = self._planner.try_place(tracked, tracked.assignment, now_s, closed=self._closed_to(tracked))

@@ -144,7 +144,7 @@ def _row(line: str, where: str) -> TraceRow:
         if min(values, default=0) < 0:
             raise ConfigError(f"{where}: {field} must not be negative, got {min(values)}")
         if field != "hash_ids" and max(values) > MAX_LENGTH_TOKENS:
-            raise ConfigError(f"{where}: {field} must be at most {MAX_LENGTH_TOKENS}, got {max(values):.4g}")
+            raise ConfigError(f"{where}: {field} must be at most {MAX_LENGTH_TOKENS}, got {str(max(values))[:40]}")
     return row
 
 

@@ -1,4 +1,7 @@
-"""Text from tokens through vLLM's own incremental detokeniser, so that text and stop strings are exactly the engine's."""
+"""Text from tokens through vLLM's own incremental detokeniser, so that text and stop strings are the engine's.
+
+`primed_stream.py` says where they are not.
+"""
 
 import time
 
