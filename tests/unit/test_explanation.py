@@ -209,10 +209,11 @@ async def test_who_is_refused_under_the_id_of_a_running_request_does_not_hide_it
 def test_what_is_remembered_of_a_refused_request_does_not_keep_its_prompt() -> None:
     core = make_core(config=RouterConfig(max_running_requests=1, max_queued_requests=0))
     submit(core)
-    only_reject(submit(core, "r2"))
+    refused = RequestId("refused here and nowhere else")  # other tests' requests may live on in this process
+    only_reject(submit(core, refused))
     gc.collect()
-    assert core.decisions.get(RequestId("r2")) is not None
-    assert not [one for one in gc.get_objects() if isinstance(one, Request) and one.request_id == "r2"]
+    assert core.decisions.get(refused) is not None
+    assert not [one for one in gc.get_objects() if type(one) is Request and one.request_id == refused]
 
 
 def test_a_state_that_is_not_known_is_refused() -> None:
