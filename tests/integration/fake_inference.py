@@ -21,7 +21,7 @@ from tandem.domain import (
     Usage,
     WorkerLoad,
 )
-from tandem.errors import NotFoundError, OverloadedError, Reason
+from tandem.errors import CancelledRequestError, NotFoundError, OverloadedError, Reason
 from tandem.v1 import control_pb2, inference_pb2
 
 ENGINE = EngineInfo(
@@ -72,6 +72,13 @@ class FakeInference:
         self.requests.append(request)
         self.has_request.set()
         self.time_remaining_s = call.time_remaining_s()
+        try:
+            await self._answer(request, call)
+        except (asyncio.CancelledError, CancelledRequestError):  # the second: a write found the call over
+            self.was_cancelled.set()
+            raise
+
+    async def _answer(self, request: inference_pb2.GenerateRequest, call: rpc.ServerCall) -> None:
         match request.model:
             case "unknown":
                 raise NotFoundError("no model named unknown", reason=Reason.UNKNOWN_MODEL, field="model")
@@ -117,12 +124,9 @@ class FakeInference:
         call.set_receipt(convert.receipt_to_pb(Receipt(request_id=RequestId(request.request_id), ttft_s=0.25, output_tokens=limit)))
 
     async def _endless(self, call: rpc.ServerCall) -> None:
-        try:
-            for position in range(10**9):
-                await call.write(convert.chunk_to_pb(Chunk(first_position=position, token_ids=(7,), text="x")))
-                await asyncio.sleep(0.005)
-        finally:
-            self.was_cancelled.set()
+        for position in range(10**9):
+            await call.write(convert.chunk_to_pb(Chunk(first_position=position, token_ids=(7,), text="x")))
+            await asyncio.sleep(0.005)
 
     async def list_models(self, request: inference_pb2.ListModelsRequest, call: rpc.ServerCall) -> inference_pb2.ListModelsResponse:
         model = inference_pb2.Model(id="tiny", context_tokens=512, block_size_tokens=16, prefill_replicas=1, decode_replicas=2)

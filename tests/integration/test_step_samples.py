@@ -56,16 +56,18 @@ async def test_a_prompt_and_its_output_give_samples_to_every_router(cluster: Clu
             cluster.prompts.next(PROMPT_TOKENS), Sampling(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
         )
         took_s = loop.time() - began_s
-    assert one == two
-    prefill = [step for step in one if step.prefill_tokens]
-    decode = [step for step in one if not step.prefill_tokens]
-    assert sum(step.prefill_tokens for step in prefill) == PROMPT_TOKENS
-    assert sum(step.prefill_pairs for step in prefill) == PROMPT_TOKENS**2 // 2
-    assert 10 < len(decode) < OUTPUT_TOKENS
-    assert {step.decode_requests for step in decode} == {1}
-    kv_tokens = [step.kv_tokens for step in decode]
-    assert kv_tokens == sorted(set(kv_tokens))
-    assert PROMPT_TOKENS < kv_tokens[0] <= kv_tokens[-1] == PROMPT_TOKENS + OUTPUT_TOKENS - 1
-    assert all(step.duration_s > 0.0 for step in one)
-    assert sum(step.duration_s for step in one) < took_s
-    assert min(step.duration_s for step in prefill) > sorted(step.duration_s for step in decode)[len(decode) // 2]
+    for steps in (one, two):
+        prefill = [step for step in steps if step.prefill_tokens]
+        decode = [step for step in steps if not step.prefill_tokens]
+        assert sum(step.prefill_tokens for step in prefill) == PROMPT_TOKENS
+        assert sum(step.prefill_pairs for step in prefill) == PROMPT_TOKENS**2 // 2
+        assert 10 < len(decode) < OUTPUT_TOKENS
+        assert {step.decode_requests for step in decode} == {1}
+        kv_tokens = [step.kv_tokens for step in decode]
+        assert kv_tokens == sorted(set(kv_tokens))
+        assert PROMPT_TOKENS < kv_tokens[0] <= kv_tokens[-1] == PROMPT_TOKENS + OUTPUT_TOKENS - 1
+        assert all(step.duration_s > 0.0 for step in steps)
+        assert sum(step.duration_s for step in steps) < took_s
+        assert min(step.duration_s for step in prefill) > sorted(step.duration_s for step in decode)[len(decode) // 2]
+    told = {step.kv_tokens: step for step in one}  # what is too much for a message leaves each router's at its own time
+    assert all(told.get(step.kv_tokens, step) == step for step in two)
