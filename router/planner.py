@@ -120,8 +120,8 @@ class Planner:
         return self._predictor.scores.is_trusted(model)
 
     def starts_s(self, lease: Lease, now_s: float) -> float:
-        """When the worker would begin with a prompt that it is given now; now where seconds are not trusted."""
-        return now_s + self.ahead_s(lease, now_s) if self.is_trusted(lease.model) else now_s
+        """When the worker would begin with a prompt that it is given now, as predicted, trusted or not: it only orders those that wait."""
+        return now_s + self.ahead_s(lease, now_s)
 
     def is_open(self, lease: Lease, now_s: float) -> bool:
         """Whether the worker may be given a further prompt: at most one chunk and 50 ms of work.

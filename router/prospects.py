@@ -60,15 +60,15 @@ class Prospects:
         return [(request_id, error) for request_id in self._admission.waiting_since(model, until_s)]
 
     def check(self, tracked: Tracked, assignment: Assignment, now_s: float) -> None:
-        """Raises OverloadedError where waiting is in vain, by predictions that are trusted.
+        """Raises OverloadedError where waiting is in vain: by what is expected, or by its upper quantile where predictions are not trusted.
 
+        The quantile follows what happens, however wrong the means are; without it a queue that is too long would serve nobody in time.
         A sheddable request must be predicted to meet its TTFT objective (its own, or the default). Any request that would have met its
         deadline on an idle cluster, and is predicted not to have a token by then, is better tried again later. One that has nothing ahead
         of it is not refused: later would be no better, and without outcomes nothing could show that the prediction is wrong.
         """
-        ttft_s = assignment.ttft.mean_s
-        if not self._predictor.scores.is_trusted(tracked.request.model):
-            return
+        is_trusted = self._predictor.scores.is_trusted(tracked.request.model)
+        ttft_s = assignment.ttft.mean_s if is_trusted else assignment.ttft.q90_s
         if assignment.ahead_s <= 0.0 and tracked.slots_ahead_s <= 0.0:
             return
         left_s = inf if tracked.deadline_s is None else tracked.deadline_s - now_s

@@ -1,6 +1,6 @@
 """Quotas that several routers share, in Redis: one bucket per tenant and kind of token, from which routers lease slices.
 
-Must not judge time by the clock of this machine: the server's fills the buckets. A bucket that nobody uses expires once it is full.
+Must not judge time by the clock of this machine: the server's fills the buckets. A bucket expires an hour after it has filled up unused.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from typing import cast
 from tandem.redis_link import RedisLink
 from tandem.tenancy import BURST_S, SliceAsk
 
-# A bucket that is not there is full. While less than half is left, one router gets at most its part of the rest: whoever asks first must
-# not leave nothing for the others. What nobody takes stays and adds up, so that a router with all the traffic gets all of the limit.
+# A bucket that is not there begins with one second of its limit: nobody has seen its tenant idle, and a server that lost its memory is
+# not to give everybody a burst. While less than half is left, one router gets at most its part of the rest: whoever asks first must not
+# leave nothing for the others. What nobody takes stays and adds up, so that a router with all the traffic gets all of the limit.
 LEASE = """
 -- KEYS bucket ...; ARGV routers, then per bucket: tokens wanted (below 0: given back), tokens per s, burst (s)
 -- returns tokens granted, per bucket; what is given back is answered as it was sent
@@ -20,7 +21,7 @@ local routers, granted = tonumber(ARGV[1]), {}
 for i, key in ipairs(KEYS) do
   local wanted, rate, burst_s = tonumber(ARGV[3 * i - 1]), tonumber(ARGV[3 * i]), tonumber(ARGV[3 * i + 1])
   local room = math.max(1, rate * burst_s)
-  local level = room
+  local level = math.min(room, math.max(1, rate))
   local stored = redis.call('GET', key)
   if stored then
     local before, at_ms = string.match(stored, '^(%S+) (%S+)$')
@@ -31,7 +32,7 @@ for i, key in ipairs(KEYS) do
     given = math.min(wanted, math.floor(level >= room / 2 and level or level / routers))
   end
   level = math.min(room, level - given)
-  redis.call('SET', key, string.format('%.6f %.0f', level, now_ms), 'PX', math.ceil((room - level) / rate * 1000) + 1000)
+  redis.call('SET', key, string.format('%.6f %.0f', level, now_ms), 'PX', math.ceil((room - level) / rate * 1000) + 3600000)
   granted[i] = given
 end
 return granted

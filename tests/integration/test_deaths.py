@@ -17,6 +17,8 @@ from tests.bare_platform import BareOptions, BarePlatform
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
+OUTPUT_TOKENS = 1000  # some seconds: a busy machine reads them late, and they must not all be there when a worker is killed
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def platform() -> AsyncIterator[BarePlatform]:
@@ -58,14 +60,14 @@ async def test_a_decode_worker_lost_mid_stream_costs_a_pause_and_no_token(
 ) -> None:
     prompts, plain = Prompts(), DirectCaller(platform.replicas["plain"])
     token_ids = prompts.next(600)
-    expected = await plain.run(token_ids, 200)
+    expected = await plain.run(token_ids, OUTPUT_TOKENS)
     replica = platform.replicas["decode-0"]
     core = psutil.Process(replica.pid).children()[0].pid
     received: list[int] = []
     is_lost = False
     async with (
         tandem.AsyncClient(platform.router_address, timeout_s=60.0) as client,
-        client.stream(token_ids, max_tokens=200, temperature=0.0) as stream,
+        client.stream(token_ids, max_tokens=OUTPUT_TOKENS, temperature=0.0) as stream,
     ):
         async for chunk in stream:
             received += chunk.token_ids

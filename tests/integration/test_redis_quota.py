@@ -99,35 +99,43 @@ async def test_two_routers_together_admit_the_limit_under_three_times_its_load(s
 
 async def test_a_lease_takes_what_is_there_and_what_is_given_back_can_be_taken(server: RedisProcess) -> None:
     quota = RedisQuota(server.url, "c", burst_s=10.0)
-    assert await quota.lease([ask(600), ask(50, "bob")], 1) == [600, 50]
-    assert await quota.lease([ask(-500)], 1) == [-500]
-    assert 900 <= (await quota.lease([ask(10_000)], 1))[0] < 1000  # 400 + 500, and what has come since
+    assert await quota.lease([ask(60), ask(50, "bob")], 1) == [60, 50]
+    assert await quota.lease([ask(-800)], 1) == [-800]
+    assert 840 <= (await quota.lease([ask(10_000)], 1))[0] < 940  # 40 + 800, and what has come since
     assert (await quota.lease([ask(10_000)], 1))[0] < 100
     await quota.close()
 
 
 async def test_of_a_bucket_that_runs_dry_a_router_takes_its_part_only(server: RedisProcess) -> None:
     quota = RedisQuota(server.url, "c", burst_s=1000.0)
-    assert await quota.lease([ask(90_000, tokens_per_s=100.0)], 4) == [90_000]
-    (given,) = await quota.lease([ask(90_000, tokens_per_s=100.0)], 4)
+    assert await quota.lease([ask(-99_900), ask(90_000)], 4) == [-99_900, 90_000]
+    (given,) = await quota.lease([ask(90_000)], 4)
     assert 2500 <= given < 2600
     await quota.close()
 
 
-async def test_nothing_given_back_is_more_than_the_burst_and_full_buckets_expire(server: RedisProcess) -> None:
+async def test_a_new_bucket_holds_one_second_and_fills_up_while_nobody_takes_anything(server: RedisProcess) -> None:
+    quota = RedisQuota(server.url, "c", burst_s=2.0)
+    assert await quota.lease([ask(1_000_000, tokens_per_s=1000.0)], 1) == [1000]
+    await asyncio.sleep(2.5)
+    assert await quota.lease([ask(1_000_000, tokens_per_s=1000.0)], 1) == [2000]
+    await quota.close()
+
+
+async def test_nothing_given_back_is_more_than_the_burst_and_full_buckets_expire_an_hour_later(server: RedisProcess) -> None:
     quota = RedisQuota(server.url, "c", burst_s=1.0)
     await quota.lease([ask(-1_000_000)], 1)
     assert (await quota.lease([ask(1_000_000)], 1))[0] == 100
     async with Redis.from_url(server.url, decode_responses=True) as inside:
         assert await inside.keys() == ["tandem:c:quota:alice:prompt"]
-        assert 1000 < await inside.pttl("tandem:c:quota:alice:prompt") <= 2001
+        assert 3_600_000 < await inside.pttl("tandem:c:quota:alice:prompt") <= 3_601_000
     await quota.close()
 
 
 async def test_clusters_share_nothing(server: RedisProcess) -> None:
     one, other = RedisQuota(server.url, "c"), RedisQuota(server.url, "d")
-    assert await one.lease([ask(1000)], 1) == [1000]
-    assert await other.lease([ask(1000)], 1) == [1000]
+    assert await one.lease([ask(100)], 1) == [100]
+    assert await other.lease([ask(100)], 1) == [100]
     for quota in (one, other):
         await quota.close()
 

@@ -18,7 +18,7 @@ from tandem.engine.simulated_tokens import TokenDraws
 from tandem.engine.token_text import load_tokenizer, whole_words
 from tests.integration.platform_run import Run, ready, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 PROFILE = """
 base_s = 0.01
@@ -26,7 +26,7 @@ prefill_token_s = 3e-4
 eos_fraction = 0.0
 """
 PROMPT_TOKENS = 600
-OUTPUT_TOKENS = 150
+OUTPUT_TOKENS = 400
 OWN_BYTES = 80 << 20
 
 

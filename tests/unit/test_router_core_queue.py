@@ -4,12 +4,14 @@ A prompt of 2,048 tokens is one chunk and is predicted to take 127 ms; a prefill
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from router.config import QueueOrder, RouterConfig
 from router.core import RouterCore
 from router.instructions import Dispatch, Instruction, Reject
+from router.interval import Interval, PredictionKind
 from router.pool_times import PoolKey
 from tandem.domain import ModelId, Receipt, ReplicaId, ReplicaState, RequestId, Role, Slo
 from tandem.errors import OverloadedError, Reason
@@ -255,11 +257,21 @@ class TestRefusal:
     def test_those_who_come_first_go_before_and_so_do_not_count(self) -> None:
         assert submit(self.busy(), "d", prompt_tokens=CHUNK, deadline_s=1.0, priority=-1) == []
 
-    def test_where_predictions_are_not_trusted_nobody_is_refused(self) -> None:
+    @pytest.mark.parametrize("changes", [{"sheddable": True, "slo": Slo(ttft_s=3.0)}, {"deadline_s": 3.0}], ids=["sheddable", "deadline"])
+    def test_where_predictions_are_not_trusted_their_upper_quantile_decides(self, changes: dict[str, Any]) -> None:
         core = self.busy()
         distrust(core.predictor)
-        for name, request in (("s", {"sheddable": True, "slo": Slo(ttft_s=0.1)}), ("d", {"deadline_s": 1.0})):
-            assert not any(isinstance(one, Reject) for one in submit(core, name, prompt_tokens=CHUNK, **request))
+        for _ in range(64):  # all take twice as long as predicted
+            core.predictor.observe(PredictionKind.TTFT, M, Interval(1.0, 1.5), 2.0, 0.0)
+        error = only_reject(submit(core, "s", prompt_tokens=CHUNK, **changes)).error
+        assert error.reason is Reason.PREDICTED_LATE
+        assert error.retry_after_s == pytest.approx(2 * 13 * OWN_S - 3.0, rel=0.05)
+        assert not any(isinstance(one, Reject) for one in submit(core, "t", prompt_tokens=CHUNK, sheddable=True, slo=Slo(ttft_s=6.0)))
+
+    def test_an_idle_cluster_refuses_nobody_by_predictions_that_are_not_trusted(self) -> None:
+        core = make_core(replicas=("prefill-0", "decode-0"))
+        distrust(core.predictor)
+        only_dispatch(submit(core, "s", prompt_tokens=CHUNK, sheddable=True, slo=Slo(ttft_s=1e-3)))
 
     def test_a_further_part_of_what_has_begun_is_not_refused(self) -> None:
         core = self.busy()

@@ -62,13 +62,13 @@ class TestOpen:
         parts.report("prefill-0", pending_prefill_tokens=4097)
         assert not parts.planner.is_open(parts.lease("prefill-0"), 0.0)
 
-    def test_a_prompt_begins_after_what_the_worker_was_given_where_seconds_are_trusted(self) -> None:
+    def test_a_prompt_begins_after_what_the_worker_was_given_trusted_or_not(self) -> None:
         parts = RouterParts("prefill-0")
         lease = parts.lease("prefill-0")
         parts.give("prefill-0", 0.25)
-        assert parts.planner.starts_s(lease, 1.0) == 1.0 + parts.planner.ahead_s(lease, 1.0) > 1.0
-        distrust(parts.predictor)
-        assert parts.planner.starts_s(lease, 1.0) == 1.0
+        for _ in range(2):
+            assert parts.planner.starts_s(lease, 1.0) == 1.0 + parts.planner.ahead_s(lease, 1.0) > 1.0
+            distrust(parts.predictor)
 
 
 class TestDecodeWorker:
