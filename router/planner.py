@@ -120,7 +120,7 @@ class Planner:
         return self._predictor.scores.is_trusted(model)
 
     def starts_s(self, lease: Lease, now_s: float) -> float:
-        """When the worker would begin with a prompt that it is given now, as predicted, trusted or not: it only orders those that wait."""
+        """When the worker would begin with a prompt that it is given now, as predicted; not trusted, that only orders those that wait."""
         return now_s + self.ahead_s(lease, now_s)
 
     def is_open(self, lease: Lease, now_s: float) -> bool:

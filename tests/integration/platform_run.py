@@ -39,7 +39,7 @@ class Run:
         """What it has said."""
         return self._log.read_text()
 
-    def wait_ready(self, timeout_s: float = 250.0) -> "Run":
+    def wait_ready(self, timeout_s: float = 150.0) -> "Run":
         """Until it is ready; raises AssertionError with its words where it is not."""
         with contextlib.suppress(AssertionError):
             wait_for(lambda: "ready in" in self.words or self.process.poll() is not None, timeout_s)

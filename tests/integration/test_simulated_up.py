@@ -18,7 +18,7 @@ from tandem.engine.simulated_tokens import TokenDraws
 from tandem.engine.token_text import load_tokenizer, whole_words
 from tests.integration.platform_run import Run, ready, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 PROFILE = """
 base_s = 0.01

@@ -19,7 +19,7 @@ from tandem.cleanup import processes_of
 from tandem.tenancy import hash_key
 from tests.integration.platform_run import SMALL, TANDEM, Run, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 ANY_PORTS = ("--port=0", "--http-port=0")
 

@@ -62,11 +62,11 @@ def arrivals() -> list[Arrival]:
     return found
 
 
-@pytest.mark.parametrize("scores", [Scores(), Distrusted()], ids=["trusted", "not trusted"])
-def test_three_times_the_load_leaves_most_of_what_the_fleet_can_do_in_time(scores: Scores) -> None:
+@pytest.mark.parametrize("scores", [Scores, Distrusted], ids=["trusted", "not trusted"])
+def test_three_times_the_load_leaves_most_of_what_the_fleet_can_do_in_time(scores: type[Scores]) -> None:
     bound = 10**6
     config = RouterConfig(max_running_requests=bound, max_queued_requests=bound)
-    core = Impatient(config, Random(1), predictor=LoadPredictor(scores=scores))
+    core = Impatient(config, Random(1), predictor=LoadPredictor(scores=scores()))
     cluster = Cluster(PLAN, core, arrivals(), seed=1)
     cluster.run()
     ttfts_s = [outcome.ttft_s for outcome in cluster.outcomes.values() if outcome.arrival.time_s > OVER_S]
